@@ -1,0 +1,1 @@
+//! Large aligned memory, on huge pages where the system has them.
