@@ -1,1 +1,57 @@
-fn main() {}
+//! The repository's chores: `cargo xtask test` checks everything, `cargo xtask peers llama.cpp` measures both
+//! sides of the README's table, `cargo xtask overload` floods a replica for a minute.
+//!
+//! Written in Rust so that a machine with a Rust toolchain needs nothing else to start.
+
+#![allow(clippy::print_stdout, reason = "printing is what this program is for")]
+
+mod command;
+mod graph;
+mod machine;
+mod stages;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+/// The repository's chores.
+#[derive(Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask")]
+struct Arguments {
+    #[command(subcommand)]
+    chore: Chore,
+}
+
+#[derive(Subcommand)]
+enum Chore {
+    /// Everything that must hold before a change is taken; installs and fetches what it needs.
+    Test {
+        /// Runs one stage alone (and `machine` and `models` where it needs them).
+        #[arg(long)]
+        only: Option<stages::Stage>,
+    },
+    /// Holds the crates' dependencies to the table in ARCHITECTURE.md.
+    Graph,
+}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    let done = match arguments.chore {
+        Chore::Test { only } => stages::test(&root(), only),
+        Chore::Graph => graph::check(&root()).map(|floors| println!("{floors} crates stand on their floors")),
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            println!("xtask: failed: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// The repository's root: the folder above this crate's.
+fn root() -> PathBuf {
+    let here = PathBuf::from(env!("CARGO_MANIFEST_DIR"));
+    here.parent().map(PathBuf::from).unwrap_or(here)
+}
