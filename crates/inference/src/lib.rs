@@ -4,7 +4,9 @@
 //! one bounded channel; each answer leaves through a bounded channel of its own.
 
 pub mod engine;
+pub mod grammar;
 pub mod request;
 
 pub use engine::{Engine, EngineOptions, Stats};
+pub use grammar::{GrammarEngine, GrammarError, GrammarState};
 pub use request::{Event, FinishReason, Request, Sampling, Submission, SubmitError, TokenEvent, Usage};
