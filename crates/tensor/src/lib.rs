@@ -16,6 +16,7 @@ pub mod cpu;
 pub mod dtype;
 pub mod kv;
 pub mod linear;
+pub mod map;
 pub mod matrix;
 pub mod norm;
 pub mod pool;
@@ -24,6 +25,9 @@ pub mod reduce;
 pub mod rope;
 
 mod error;
+mod lanes;
+#[cfg(test)]
+mod test_support;
 
 pub use cpu::{Cpu, Family};
 pub use dtype::DType;

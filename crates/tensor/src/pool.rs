@@ -3,7 +3,7 @@
 //! A token of a small model takes 3 ms and about 150 operations, so a fork and join has to cost well under a
 //! microsecond. Hence one shared epoch instead of a queue: the caller writes the closure's address, adds one to
 //! the epoch and takes part itself; workers that are still spinning see the new epoch after one cache-line
-//! transfer. Who finds nothing to do for [`SPIN`] parks, so an idle pool burns nothing, and a pool with more
+//! transfer. Who finds nothing to do for 60 µs parks, so an idle pool burns nothing, and a pool with more
 //! threads than the machine has cores parks at once, so that nobody spins on the core that another one needs.
 //!
 //! Cost, two threads on one socket: about 0.2 µs for an empty run while hot, one futex wake more when parked.
@@ -158,7 +158,9 @@ impl Pool {
         let work: &(dyn Fn(&Worker<'_>) + Sync) = &work;
         // SAFETY: we hold `turn` and the last run has ended, so no worker reads `work`. Its lifetime is hidden,
         // but it is used only until `remaining` is 0, which `run` waits for before it returns or unwinds.
-        unsafe { *shared.work.get() = Some(std::mem::transmute::<&(dyn Fn(&Worker<'_>) + Sync), Work>(work)) };
+        unsafe {
+            *shared.work.get() = Some(std::mem::transmute::<&(dyn Fn(&Worker<'_>) + Sync), Work>(work))
+        };
         shared.meeting.reset();
         shared.remaining.0.store(self.threads - 1, Ordering::Relaxed);
         shared.epoch.0.fetch_add(1, Ordering::SeqCst);
@@ -532,7 +534,9 @@ mod tests {
     #[test]
     fn splits_cover_the_range_once_in_whole_grains() {
         let meeting = Meeting::new(Duration::ZERO);
-        for (len, grain, count) in [(0, 16, 2), (1, 16, 2), (576, 16, 2), (100, 7, 3), (5, 1, 8), (49152, 32, 3)] {
+        for (len, grain, count) in
+            [(0, 16, 2), (1, 16, 2), (576, 16, 2), (100, 7, 3), (5, 1, 8), (49152, 32, 3)]
+        {
             let mut at = 0;
             for rank in 0..count {
                 let part = Worker { rank, count, meeting: &meeting }.split(len, grain);

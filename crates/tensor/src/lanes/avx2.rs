@@ -1,0 +1,149 @@
+//! Sixteen lanes in two AVX2 registers.
+//!
+//! Each block below is sound for one reason: an [`Avx2`] value is made only by [`enter`], whose caller vouches
+//! for the instructions, and slices are cut to length before their pointer is taken.
+
+use std::arch::x86_64::*;
+
+use super::{Kernel, LANES, Lanes};
+
+/// Proof of AVX2, FMA and F16C, made by [`enter`] alone.
+#[derive(Clone, Copy)]
+pub(crate) struct Avx2(());
+
+type Pair = (__m256, __m256);
+
+/// Runs `kernel` with these lanes.
+///
+/// # Safety
+/// The machine has AVX2, FMA and F16C.
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(super) unsafe fn enter<K: Kernel>(kernel: K) -> K::Output {
+    kernel.call(Avx2(()))
+}
+
+macro_rules! lanewise {
+    ($($name:ident($($a:ident),+) = $body:expr;)+) => {$(
+        #[inline(always)]
+        fn $name(self, $($a: Pair),+) -> Pair {
+            // SAFETY: `self` proves the instructions; registers only.
+            unsafe {
+                (
+                    { $(let $a = $a.0;)+ $body },
+                    { $(let $a = $a.1;)+ $body },
+                )
+            }
+        }
+    )+};
+}
+
+/// 2ⁿ for whole `n` in −126..=127.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn power(n: __m256i) -> __m256 {
+    _mm256_castsi256_ps(_mm256_slli_epi32::<23>(_mm256_add_epi32(n, _mm256_set1_epi32(127))))
+}
+
+impl Lanes for Avx2 {
+    type V = Pair;
+
+    const WIDE: bool = false;
+
+    #[inline(always)]
+    fn splat(self, x: f32) -> Pair {
+        // SAFETY: `self` proves the instructions.
+        unsafe { (_mm256_set1_ps(x), _mm256_set1_ps(x)) }
+    }
+
+    #[inline(always)]
+    fn load(self, x: &[f32]) -> Pair {
+        let x = &x[..LANES];
+        // SAFETY: `self` proves the instructions; 16 values are there.
+        unsafe { (_mm256_loadu_ps(x.as_ptr()), _mm256_loadu_ps(x.as_ptr().add(8))) }
+    }
+
+    #[inline(always)]
+    fn load_first(self, x: &[f32], n: usize) -> Pair {
+        let mut full = [0.0; LANES];
+        full[..n].copy_from_slice(&x[..n]);
+        self.load(&full)
+    }
+
+    #[inline(always)]
+    fn load_half(self, x: &[u16]) -> Pair {
+        let x = &x[..LANES];
+        // SAFETY: `self` proves the instructions; 16 values are there.
+        unsafe {
+            let low = _mm_loadu_si128(x.as_ptr().cast());
+            let high = _mm_loadu_si128(x.as_ptr().add(8).cast());
+            (_mm256_cvtph_ps(low), _mm256_cvtph_ps(high))
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn load_at(self, x: *const f32) -> Pair {
+        // SAFETY: `self` proves the instructions; the caller promises the values.
+        unsafe { (_mm256_loadu_ps(x), _mm256_loadu_ps(x.add(8))) }
+    }
+
+    #[inline(always)]
+    unsafe fn load_half_at(self, x: *const u16) -> Pair {
+        // SAFETY: `self` proves the instructions; the caller promises the values.
+        unsafe {
+            let (low, high) = (_mm_loadu_si128(x.cast()), _mm_loadu_si128(x.add(8).cast()));
+            (_mm256_cvtph_ps(low), _mm256_cvtph_ps(high))
+        }
+    }
+
+    #[inline(always)]
+    fn store(self, v: Pair, out: &mut [f32]) {
+        let out = &mut out[..LANES];
+        // SAFETY: `self` proves the instructions; there is room for 16 values.
+        unsafe {
+            _mm256_storeu_ps(out.as_mut_ptr(), v.0);
+            _mm256_storeu_ps(out.as_mut_ptr().add(8), v.1);
+        }
+    }
+
+    #[inline(always)]
+    fn store_first(self, v: Pair, out: &mut [f32], n: usize) {
+        out[..n].copy_from_slice(&self.array(v)[..n]);
+    }
+
+    #[inline(always)]
+    fn store_half(self, v: Pair, out: &mut [u16]) {
+        let out = &mut out[..LANES];
+        // SAFETY: `self` proves the instructions; there is room for 16 values.
+        unsafe {
+            let low = _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(v.0);
+            let high = _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(v.1);
+            _mm_storeu_si128(out.as_mut_ptr().cast(), low);
+            _mm_storeu_si128(out.as_mut_ptr().add(8).cast(), high);
+        }
+    }
+
+    lanewise! {
+        add(a, b) = _mm256_add_ps(a, b);
+        sub(a, b) = _mm256_sub_ps(a, b);
+        mul(a, b) = _mm256_mul_ps(a, b);
+        div(a, b) = _mm256_div_ps(a, b);
+        fma(a, b, c) = _mm256_fmadd_ps(a, b, c);
+        max(a, b) = _mm256_max_ps(a, b);
+        min(a, b) = _mm256_min_ps(a, b);
+        round(a) = _mm256_round_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(a);
+        scale_by_power(a, n) = {
+            let n = _mm256_cvtps_epi32(n);
+            let half = _mm256_srai_epi32::<1>(n);
+            _mm256_mul_ps(_mm256_mul_ps(a, power(half)), power(_mm256_sub_epi32(n, half)))
+        };
+        where_less(a, b, yes, no) = _mm256_blendv_ps(no, yes, _mm256_cmp_ps::<_CMP_LT_OQ>(a, b));
+        nan_to_zero(a) = _mm256_and_ps(a, _mm256_cmp_ps::<_CMP_ORD_Q>(a, a));
+    }
+
+    #[inline(always)]
+    fn array(self, a: Pair) -> [f32; LANES] {
+        let mut out = [0.0; LANES];
+        self.store(a, &mut out);
+        out
+    }
+}

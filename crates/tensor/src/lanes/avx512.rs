@@ -1,0 +1,144 @@
+//! Sixteen lanes in one AVX-512 register.
+//!
+//! Each block below is sound for one reason: an [`Avx512`] value is made only by [`enter`], whose caller vouches
+//! for the instructions, and slices are cut to length before their pointer is taken.
+
+use std::arch::x86_64::*;
+
+use super::{Kernel, LANES, Lanes};
+
+/// Proof of AVX-512 F, BW, VL and DQ, made by [`enter`] alone.
+#[derive(Clone, Copy)]
+pub(crate) struct Avx512(());
+
+/// Runs `kernel` with these lanes.
+///
+/// # Safety
+/// The machine has AVX-512 F, BW, VL and DQ.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")]
+pub(super) unsafe fn enter<K: Kernel>(kernel: K) -> K::Output {
+    kernel.call(Avx512(()))
+}
+
+#[inline(always)]
+fn first(n: usize) -> __mmask16 {
+    assert!(n <= LANES);
+    ((1u32 << n) - 1) as __mmask16
+}
+
+macro_rules! lanewise {
+    ($($name:ident($($a:ident),+) = $body:expr;)+) => {$(
+        #[inline(always)]
+        fn $name(self, $($a: __m512),+) -> __m512 {
+            // SAFETY: `self` proves the instructions; registers only.
+            unsafe { $body }
+        }
+    )+};
+}
+
+impl Lanes for Avx512 {
+    type V = __m512;
+
+    const WIDE: bool = true;
+
+    #[inline(always)]
+    fn splat(self, x: f32) -> __m512 {
+        // SAFETY: `self` proves the instructions.
+        unsafe { _mm512_set1_ps(x) }
+    }
+
+    #[inline(always)]
+    fn load(self, x: &[f32]) -> __m512 {
+        let x = &x[..LANES];
+        // SAFETY: `self` proves the instructions; 16 values are there.
+        unsafe { _mm512_loadu_ps(x.as_ptr()) }
+    }
+
+    #[inline(always)]
+    fn load_first(self, x: &[f32], n: usize) -> __m512 {
+        let x = &x[..n];
+        // SAFETY: `self` proves the instructions; the mask leaves out what is past `n`.
+        unsafe { _mm512_maskz_loadu_ps(first(n), x.as_ptr()) }
+    }
+
+    #[inline(always)]
+    fn load_half(self, x: &[u16]) -> __m512 {
+        let x = &x[..LANES];
+        // SAFETY: `self` proves the instructions; 16 values are there.
+        unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(x.as_ptr().cast())) }
+    }
+
+    #[inline(always)]
+    unsafe fn load_at(self, x: *const f32) -> __m512 {
+        // SAFETY: `self` proves the instructions; the caller promises the values.
+        unsafe { _mm512_loadu_ps(x) }
+    }
+
+    #[inline(always)]
+    unsafe fn load_half_at(self, x: *const u16) -> __m512 {
+        // SAFETY: `self` proves the instructions; the caller promises the values.
+        unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(x.cast())) }
+    }
+
+    #[inline(always)]
+    fn store(self, v: __m512, out: &mut [f32]) {
+        let out = &mut out[..LANES];
+        // SAFETY: `self` proves the instructions; there is room for 16 values.
+        unsafe { _mm512_storeu_ps(out.as_mut_ptr(), v) }
+    }
+
+    #[inline(always)]
+    fn store_first(self, v: __m512, out: &mut [f32], n: usize) {
+        let out = &mut out[..n];
+        // SAFETY: `self` proves the instructions; the mask leaves out what is past `n`.
+        unsafe { _mm512_mask_storeu_ps(out.as_mut_ptr(), first(n), v) }
+    }
+
+    #[inline(always)]
+    fn store_half(self, v: __m512, out: &mut [u16]) {
+        let out = &mut out[..LANES];
+        // SAFETY: `self` proves the instructions; there is room for 16 values.
+        unsafe {
+            let half = _mm512_cvtps_ph::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(v);
+            _mm256_storeu_si256(out.as_mut_ptr().cast(), half);
+        }
+    }
+
+    lanewise! {
+        add(a, b) = _mm512_add_ps(a, b);
+        sub(a, b) = _mm512_sub_ps(a, b);
+        mul(a, b) = _mm512_mul_ps(a, b);
+        div(a, b) = _mm512_div_ps(a, b);
+        fma(a, b, c) = _mm512_fmadd_ps(a, b, c);
+        max(a, b) = _mm512_max_ps(a, b);
+        min(a, b) = _mm512_min_ps(a, b);
+        round(a) = _mm512_roundscale_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(a);
+        scale_by_power(a, n) = _mm512_scalef_ps(a, n);
+        where_less(a, b, yes, no) = _mm512_mask_blend_ps(_mm512_cmp_ps_mask::<_CMP_LT_OQ>(a, b), no, yes);
+        nan_to_zero(a) = _mm512_maskz_mov_ps(_mm512_cmp_ps_mask::<_CMP_ORD_Q>(a, a), a);
+    }
+
+    #[inline(always)]
+    fn array(self, a: __m512) -> [f32; LANES] {
+        let mut out = [0.0; LANES];
+        self.store(a, &mut out);
+        out
+    }
+
+    #[inline(always)]
+    fn largest(self, a: __m512) -> f32 {
+        // SAFETY: `self` proves the instructions; registers only.
+        unsafe { _mm512_reduce_max_ps(a) }
+    }
+
+    #[inline(always)]
+    fn sum(self, a: __m512) -> f32 {
+        // SAFETY: `self` proves the instructions; registers only. Halves of halves, as the tree in `Lanes::sum`.
+        unsafe {
+            let eight = _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps::<1>(a));
+            let four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps::<1>(eight));
+            let two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+            _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)))
+        }
+    }
+}
