@@ -1,53 +1,73 @@
-//! Architectures: one decoder whose [`ModelConfig`] says which family it is.
+//! Architectures: one decoder, defined once, whose [`ModelConfig`] says which family it is.
+//!
+//! Llama, Mistral, Qwen 2, Qwen 3 and Gemma 3 differ in a handful of switches (biases, norms per head, norms after a
+//! block, the gate's non-linearity, sliding windows, scales), so one definition with these switches is shorter
+//! and better tested than five. It runs over ragged packed rows: sequences of different lengths lie one after the
+//! other, without padding, and a [`Span`] says which rows are whose.
+//!
+//! [`Model::forward`] is in `forward.rs` as named steps; building a model from a file in `build.rs`.
 
-use consort_tensor::Pool;
-use consort_tensor::attention::Span;
-use consort_tensor::kv::{KvCache, KvShape};
+mod batch;
+mod build;
+mod config;
+mod forward;
+mod frequencies;
 
-use crate::Error;
+use consort_tensor::kv::KvShape;
+use consort_tensor::matrix::{GatedMatrix, Matrix};
+use consort_tensor::rope::Rope;
 
-/// The numbers that make one decoder out of the common definition (the loader owns the details).
-#[derive(Clone, Debug)]
-pub struct ModelConfig {
-    /// The family's name as the file gives it: `llama`, `qwen2`, `qwen3`, `gemma3`, `mistral`.
-    pub family: String,
-    /// The model's own name, if the file has one.
-    pub name: Option<String>,
-    /// Tokens in the vocabulary.
-    pub vocab: usize,
-    /// Positions the model was trained for.
-    pub max_context: usize,
-    /// Decoder layers.
-    pub layers: usize,
-    /// Width of the residual stream.
-    pub hidden: usize,
-    /// Query heads.
-    pub heads: usize,
-    /// Key-value heads.
-    pub kv_heads: usize,
-    /// Values a head.
-    pub head_dim: usize,
-}
-
-/// Rows of several sequences, packed without padding.
-#[derive(Clone, Copy, Debug)]
-pub struct Batch<'a> {
-    /// Token ids of all rows.
-    pub tokens: &'a [u32],
-    /// Which rows belong to which sequence, in row order and covering every row.
-    pub spans: &'a [Span<'a>],
-    /// Rows whose logits are wanted, ascending.
-    pub logit_rows: &'a [usize],
-}
+pub use self::batch::Batch;
+pub use self::config::{ModelConfig, SlidingWindow};
+pub use self::forward::Scratch;
+pub(crate) use self::frequencies::yarn_magnitude;
+pub use self::frequencies::{RopeConfig, RopeScaling};
+pub use consort_tensor::attention::Span;
 
 /// A loaded model: packed weights, ready to run. Immutable and shared.
 pub struct Model {
     config: ModelConfig,
+    /// One row a token; also the head where `head` is `None`.
+    embedding: Matrix,
+    layers: Vec<Layer>,
+    final_norm: Vec<f32>,
+    head: Option<Matrix>,
+    /// Positions in layers that see everything.
+    rope: Rope,
+    /// Positions in layers with a window, where there are any.
+    sliding_rope: Option<Rope>,
+    weights_hash: String,
 }
 
-/// Buffers that a forward pass reuses.
-#[derive(Default)]
-pub struct Scratch {}
+/// One decoder layer's weights. `x += attention(norm(x)); x += feed_forward(norm(x))`.
+struct Layer {
+    attention: Attention,
+    feed_forward: FeedForward,
+}
+
+struct Attention {
+    norm: Vec<f32>,
+    query: Projection,
+    key: Projection,
+    value: Projection,
+    output: Projection,
+    /// Norms over each head of queries and keys.
+    query_key_norms: Option<(Vec<f32>, Vec<f32>)>,
+    post_norm: Option<Vec<f32>>,
+}
+
+struct FeedForward {
+    norm: Vec<f32>,
+    gate_up: GatedMatrix,
+    down: Matrix,
+    post_norm: Option<Vec<f32>>,
+}
+
+/// A matrix with its bias, if it has one.
+struct Projection {
+    weights: Matrix,
+    bias: Option<Vec<f32>>,
+}
 
 impl Model {
     /// The architecture's numbers.
@@ -60,30 +80,29 @@ impl Model {
         KvShape { layers: self.config.layers, kv_heads: self.config.kv_heads, head_dim: self.config.head_dim }
     }
 
-    /// Sixteen hex digits over the weights and everything else in the file that changes an answer.
+    /// Sixteen hex digits over the weights and everything else in the file that changes an answer: every tensor's
+    /// name, type, shape and bytes, the architecture's numbers, the tokenizer and the template.
     pub fn weights_hash(&self) -> &str {
-        todo!()
+        &self.weights_hash
     }
 
     /// Bytes of memory the packed weights take.
     pub fn weight_bytes(&self) -> usize {
-        todo!()
+        let matrices: usize = self.layers.iter().map(Layer::packed_bytes).sum();
+        matrices + self.embedding.packed_bytes() + self.head.as_ref().map_or(0, Matrix::packed_bytes)
     }
 
-    /// Runs the rows through the decoder, storing keys and values in `cache`; `logits` becomes
-    /// `batch.logit_rows.len()` rows of `vocab` values.
-    ///
-    /// # Errors
-    /// [`Error::Batch`] where a token, position or block is out of range; nothing was stored then.
-    pub fn forward(
-        &self,
-        pool: &Pool,
-        batch: Batch<'_>,
-        cache: &mut KvCache,
-        scratch: &mut Scratch,
-        logits: &mut Vec<f32>,
-    ) -> Result<(), Error> {
-        let _ = (pool, batch, cache, scratch, logits);
-        todo!()
+    /// The matrix that turns the last hidden state into logits.
+    fn head(&self) -> &Matrix {
+        self.head.as_ref().unwrap_or(&self.embedding)
+    }
+}
+
+impl Layer {
+    fn packed_bytes(&self) -> usize {
+        let Attention { query, key, value, output, .. } = &self.attention;
+        [query, key, value, output].iter().map(|p| p.weights.packed_bytes()).sum::<usize>()
+            + self.feed_forward.gate_up.packed_bytes()
+            + self.feed_forward.down.packed_bytes()
     }
 }
