@@ -1,31 +1,27 @@
 //! Matrix products of packed weights with rows of activations.
+//!
+//! A product walks the weights' panels (sixteen output rows each); for each panel a kernel computes all rows of a
+//! tile of up to twelve input rows, with every output element one chain over the columns ([`scalar`] is the
+//! specification). Few rows are bound by reading the weights: each thread streams one contiguous share of the bytes,
+//! once. Many rows are bound by arithmetic: the inputs are cut into chunks that stay in a core's second-level cache
+//! while the panels pass by, and threads claim panels as they get free. Which of the two happens, who computes what
+//! and in which order changes no bit.
 
-use crate::Pool;
+use std::ops::Range;
+
 use crate::activation::Activation;
-use crate::matrix::{GatedMatrix, InputKind, Matrix};
+use crate::lanes::{self, Lanes};
+use crate::matrix::panel::{LANES, Layout};
+use crate::matrix::{GatedMatrix, Matrix};
+use crate::pool::{Disjoint, Worker};
+use crate::{Cpu, DType, Family, Pool};
+use tile::{Kernel, Sums, TILE, Tile};
 
-/// Input rows in the form the weights want: made once, used by every matrix that reads them.
-#[derive(Default)]
-pub struct Inputs {}
+mod inputs;
+mod scalar;
+mod tile;
 
-impl Inputs {
-    /// Empty; grows to its first use and keeps its memory.
-    pub fn new() -> Inputs {
-        Inputs::default()
-    }
-
-    /// Turns `x` (`n` rows of `cols` values) into `kind`.
-    pub fn prepare(&mut self, pool: &Pool, x: &[f32], cols: usize, kind: InputKind) {
-        let _ = (pool, x, cols, kind);
-        todo!()
-    }
-
-    /// RMS norm and preparation in one pass: as [`crate::norm::rms_norm`] into a temporary, then [`Inputs::prepare`].
-    pub fn prepare_normed(&mut self, pool: &Pool, x: &[f32], weight: &[f32], eps: f32, kind: InputKind) {
-        let _ = (pool, x, weight, eps, kind);
-        todo!()
-    }
-}
+pub use inputs::Inputs;
 
 /// One product of a [`linear`] call.
 pub struct Product<'a> {
@@ -44,12 +40,246 @@ pub struct Product<'a> {
 /// # Panics
 /// If a shape doesn't fit or `x` was prepared for another kind.
 pub fn linear(pool: &Pool, x: &Inputs, products: &mut [Product<'_>]) {
-    let _ = (pool, x, products);
-    todo!()
+    let jobs: Vec<Job<'_>> = products
+        .iter_mut()
+        .map(|product| {
+            let weights = product.weights;
+            check(x, weights.layout(), weights.rows(), product.out.len());
+            if let Some(bias) = product.bias {
+                assert_eq!(bias.len(), weights.rows(), "a bias has a value for each output feature");
+            }
+            Job {
+                panels: weights.panels(),
+                unit_bytes: weights.layout().bytes,
+                rows: weights.rows(),
+                layout: weights.layout(),
+                finish: Finish::Add { bias: product.bias, accumulate: product.accumulate },
+                out: Disjoint::new(product.out),
+            }
+        })
+        .collect();
+    run(pool, x, &jobs);
 }
 
-/// `out = activation(gate · x) * (up · x)`, `n` rows of `rows` values.
+/// `out = activation(gate · x) * (up · x)`, `n` rows of `rows` values. The same bits as the two products apart.
+///
+/// # Panics
+/// As [`linear`].
 pub fn gated(pool: &Pool, x: &Inputs, weights: &GatedMatrix, activation: Activation, out: &mut [f32]) {
-    let _ = (pool, x, weights, activation, out);
-    todo!()
+    let (gate, up) = weights.layouts();
+    check(x, gate, weights.rows(), out.len());
+    let job = Job {
+        panels: weights.panels(),
+        unit_bytes: gate.bytes + up.bytes,
+        rows: weights.rows(),
+        layout: gate,
+        finish: Finish::Gate { up, activation },
+        out: Disjoint::new(out),
+    };
+    run(pool, x, &[job]);
 }
+
+fn check(x: &Inputs, layout: &Layout, rows: usize, out: usize) {
+    let kind = crate::matrix::InputKind::of(layout.dtype);
+    assert_eq!(x.kind(), Some(kind), "inputs for {} weights", layout.dtype.name());
+    assert_eq!(x.cols(), layout.cols, "input features");
+    assert_eq!(out, x.rows() * rows, "output values for {} rows of {rows}", x.rows());
+}
+
+/// A product as the threads see it: *units* (a panel, or a gate and an up panel) one after the other.
+struct Job<'a> {
+    panels: &'a [u8],
+    unit_bytes: usize,
+    /// Output features.
+    rows: usize,
+    /// Of the panel, or of the gate's.
+    layout: &'a Layout,
+    finish: Finish<'a>,
+    out: Disjoint<'a, f32>,
+}
+
+/// What becomes of a panel's sums.
+enum Finish<'a> {
+    Add { bias: Option<&'a [f32]>, accumulate: bool },
+    Gate { up: &'a Layout, activation: Activation },
+}
+
+/// Up to this many tiles a thread keeps the share of the weights that it has; beyond, threads claim panels.
+const STATIC_TILES: usize = 6;
+
+/// Panels that a thread claims at a time.
+const CLAIM_UNITS: usize = 2;
+
+/// Bytes of prepared inputs that stay in a core's second-level cache beside the weights.
+const CHUNK_BYTES: usize = 512 << 10;
+
+/// How far ahead of its own reading a kernel prefetches where one tile is all there is.
+const PREFETCH_BYTES: usize = 4096;
+
+fn run(pool: &Pool, x: &Inputs, jobs: &[Job<'_>]) {
+    let tiles = x.tiles().count;
+    if tiles == 0 || jobs.iter().all(|job| job.units() == 0) {
+        return;
+    }
+    if tiles <= STATIC_TILES {
+        return pool.run(|worker| {
+            let mut sums = Both::new();
+            for (job, units) in shares(jobs, worker) {
+                for unit in units {
+                    job.run(pool.cpu(), x, unit, 0..tiles, &mut sums);
+                }
+            }
+        });
+    }
+    let tile_bytes = x.tile(0).2.len() * size_of::<u32>();
+    let chunk = (CHUNK_BYTES / tile_bytes.max(1)).clamp(1, tiles);
+    // As even as possible: no short chunk at the end.
+    let chunks = tiles.div_ceil(chunk);
+    let claims: usize = jobs.iter().map(Job::claims).sum();
+    pool.run(|worker| {
+        let mut sums = Both::new();
+        while let Some(index) = worker.claim(chunks * claims) {
+            let (chunk, mut claim) = (index / claims, index % claims);
+            let tiles = chunk * tiles / chunks..(chunk + 1) * tiles / chunks;
+            for job in jobs {
+                if claim < job.claims() {
+                    let units = claim * CLAIM_UNITS..((claim + 1) * CLAIM_UNITS).min(job.units());
+                    units.for_each(|unit| job.run(pool.cpu(), x, unit, tiles.clone(), &mut sums));
+                    break;
+                }
+                claim -= job.claims();
+            }
+        }
+    });
+}
+
+/// This worker's share of all units: contiguous, and as even in bytes as units allow.
+fn shares<'j, 'a>(
+    jobs: &'j [Job<'a>],
+    worker: &Worker<'_>,
+) -> impl Iterator<Item = (&'j Job<'a>, Range<usize>)> + use<'j, 'a> {
+    let total: usize = jobs.iter().map(|job| job.units() * job.unit_bytes).sum();
+    let bound = |rank: usize| (total as u128 * rank as u128 / worker.count as u128) as usize;
+    let (low, high) = (bound(worker.rank), bound(worker.rank + 1));
+    let mut start = 0;
+    jobs.iter().map(move |job| {
+        // A unit belongs to whom its first byte belongs.
+        let at = |bound: usize| bound.saturating_sub(start).div_ceil(job.unit_bytes.max(1)).min(job.units());
+        let range = at(low)..at(high);
+        start += job.units() * job.unit_bytes;
+        (job, range)
+    })
+}
+
+/// Room for the sums of a panel and, in gated products, of its partner.
+struct Both {
+    sums: Sums,
+    up: Sums,
+}
+
+impl Both {
+    fn new() -> Both {
+        Both { sums: Sums([[0.0; LANES]; TILE]), up: Sums([[0.0; LANES]; TILE]) }
+    }
+}
+
+impl Job<'_> {
+    fn units(&self) -> usize {
+        self.rows.div_ceil(LANES)
+    }
+
+    fn claims(&self) -> usize {
+        self.units().div_ceil(CLAIM_UNITS)
+    }
+
+    /// Computes one unit for `tiles`.
+    fn run(&self, cpu: Cpu, x: &Inputs, unit: usize, tiles: Range<usize>, both: &mut Both) {
+        let bytes = &self.panels[unit * self.unit_bytes..][..self.unit_bytes];
+        let (panel, partner) = bytes.split_at(self.layout.bytes);
+        // One tile reads on from where it is; several have the time to fetch the next unit during the first.
+        let distance = if tiles.len() == 1 { PREFETCH_BYTES } else { self.unit_bytes };
+        for index in tiles.clone() {
+            let ahead = |panel: &[u8]| match index == tiles.start {
+                true => panel.as_ptr().wrapping_add(distance),
+                false => std::ptr::null(),
+            };
+            let (first, rows, words, halves) = x.tile(index);
+            let tile = Tile { layout: self.layout, panel, rows, words, halves, ahead: ahead(panel) };
+            compute(cpu, &tile, &mut both.sums);
+            if let Finish::Gate { up, .. } = self.finish {
+                let tile = Tile { layout: up, panel: partner, ahead: ahead(partner), ..tile };
+                compute(cpu, &tile, &mut both.up);
+            }
+            self.finish(cpu, unit, first, rows, both);
+        }
+    }
+
+    /// Turns a tile's sums into output values.
+    fn finish(&self, cpu: Cpu, unit: usize, first: usize, rows: usize, both: &mut Both) {
+        let column = unit * LANES;
+        let lanes = LANES.min(self.rows - column);
+        if let Finish::Gate { activation, .. } = self.finish {
+            let (gate, up) = (&mut both.sums.0[..rows], &both.up.0[..rows]);
+            lanes::dispatch(cpu, Gate { activation, gate, up });
+        }
+        for (row, sums) in both.sums.0[..rows].iter().enumerate() {
+            let at = (first + row) * self.rows + column;
+            // SAFETY: a unit's columns of a tile's rows are written by the one worker that has both.
+            let out = unsafe { self.out.part(at..at + lanes) };
+            let Finish::Add { bias, accumulate } = self.finish else {
+                out.copy_from_slice(&sums[..lanes]);
+                continue;
+            };
+            let bias = bias.map(|bias| &bias[column..column + lanes]);
+            // Sixteen at once where it is a whole panel, so that the compiler sees the length.
+            if let Ok(out) = <&mut [f32; LANES]>::try_from(&mut *out) {
+                add(sums, bias, accumulate, out);
+            } else {
+                add(&sums[..lanes], bias, accumulate, out);
+            }
+        }
+    }
+}
+
+/// `out = sums (+ bias) (+ out)`, in this order.
+#[inline(always)]
+fn add(sums: &[f32], bias: Option<&[f32]>, accumulate: bool, out: &mut [f32]) {
+    for (lane, (out, &sum)) in out.iter_mut().zip(sums).enumerate() {
+        let sum = bias.map_or(sum, |bias| sum + bias[lane]);
+        *out = if accumulate { sum + *out } else { sum };
+    }
+}
+
+/// `gate = activation(gate) * up`.
+struct Gate<'a> {
+    activation: Activation,
+    gate: &'a mut [[f32; LANES]],
+    up: &'a [[f32; LANES]],
+}
+
+impl lanes::Kernel for Gate<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn call<L: Lanes>(self, l: L) {
+        for (gate, up) in self.gate.iter_mut().zip(self.up) {
+            let activated = self.activation.apply_lanes(l, l.load(gate));
+            l.store(l.mul(activated, l.load(up)), gate);
+        }
+    }
+}
+
+/// Runs the kernel for this tile.
+fn compute(cpu: Cpu, tile: &Tile<'_>, sums: &mut Sums) {
+    assert!(tile.panel.len() == tile.layout.bytes && (1..=TILE).contains(&tile.rows));
+    let kernel = kernel(cpu.family(), tile.layout.dtype, tile.rows);
+    // SAFETY: a `Cpu` exists only where its family's instructions do.
+    unsafe { kernel(tile, sums) }
+}
+
+fn kernel(_family: Family, dtype: DType, _rows: usize) -> Kernel {
+    scalar::kernel(dtype)
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,180 @@
+//! Input rows turned into what the weights want, once, however many matrices read them.
+
+use super::tile::{BLOCK_WORDS, HALF_WORDS, Tiles};
+use crate::Pool;
+use crate::matrix::InputKind;
+use crate::matrix::panel::BLOCK;
+use crate::norm::rms_norm;
+use crate::pool::Disjoint;
+
+/// Below this many values one thread prepares faster than two meet.
+const ALONE: usize = 4096;
+
+/// Input rows in the form the weights want: made once, used by every matrix that reads them.
+#[derive(Default)]
+pub struct Inputs {
+    rows: usize,
+    cols: usize,
+    kind: Option<InputKind>,
+    /// By tile; see [`super::tile::Tile::words`].
+    words: Vec<u32>,
+    halves: Vec<u32>,
+    normed: Vec<f32>,
+}
+
+impl Inputs {
+    /// Empty; grows to its first use and keeps its memory.
+    pub fn new() -> Inputs {
+        Inputs::default()
+    }
+
+    /// Rows prepared.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Values in each.
+    pub fn cols(&self) -> usize {
+        self.cols
+    }
+
+    /// What they were prepared as; `None` before the first time.
+    pub fn kind(&self) -> Option<InputKind> {
+        self.kind
+    }
+
+    /// Turns `x` (`n` rows of `cols` values) into `kind`.
+    ///
+    /// # Panics
+    /// If `x` is not whole rows, or `kind` is [`InputKind::Int8`] and `cols` no multiple of 32 (no matrix that
+    /// wants int8 has such rows).
+    pub fn prepare(&mut self, pool: &Pool, x: &[f32], cols: usize, kind: InputKind) {
+        let rows = x.len().checked_div(cols).unwrap_or(0);
+        assert_eq!(rows * cols, x.len(), "inputs are not whole rows of {cols} values");
+        let (row_words, row_halves) = row_words(kind, cols);
+        (self.rows, self.cols, self.kind) = (rows, cols, Some(kind));
+        self.words.resize(rows * row_words, 0);
+        self.halves.resize(rows * row_halves, 0);
+        let tiles = Tiles::new(rows);
+        let (words, halves) = (Disjoint::new(&mut self.words), Disjoint::new(&mut self.halves));
+        let one = |index: usize| {
+            let (first, count) = tiles.tile(index);
+            let part = |per_row: usize| first * per_row..(first + count) * per_row;
+            // SAFETY: tiles are disjoint ranges of rows, and each is prepared once.
+            let (words, halves) = unsafe { (words.part(part(row_words)), halves.part(part(row_halves))) };
+            prepare_tile(&x[part(cols)], cols, kind, words, halves);
+        };
+        if x.len() <= ALONE {
+            (0..tiles.count).for_each(one);
+        } else {
+            pool.run(|worker| worker.split(tiles.count, 1).for_each(one));
+        }
+    }
+
+    /// RMS norm and preparation in one pass: as [`crate::norm::rms_norm`] into a temporary, then [`Inputs::prepare`].
+    pub fn prepare_normed(&mut self, pool: &Pool, x: &[f32], weight: &[f32], eps: f32, kind: InputKind) {
+        let mut normed = std::mem::take(&mut self.normed);
+        normed.resize(x.len(), 0.0);
+        rms_norm(pool, x, weight, eps, &mut normed);
+        self.prepare(pool, &normed, weight.len(), kind);
+        self.normed = normed;
+    }
+
+    pub(crate) fn tiles(&self) -> Tiles {
+        Tiles::new(self.rows)
+    }
+
+    /// The words and halves of one tile, and its rows.
+    pub(crate) fn tile(&self, index: usize) -> (usize, usize, &[u32], &[u32]) {
+        let (first, count) = self.tiles().tile(index);
+        let (words, halves) = self.kind.map_or((0, 0), |kind| row_words(kind, self.cols));
+        let part = |per_row: usize| first * per_row..(first + count) * per_row;
+        (first, count, &self.words[part(words)], &self.halves[part(halves)])
+    }
+}
+
+/// Words that a prepared row takes, and words of its halves.
+fn row_words(kind: InputKind, cols: usize) -> (usize, usize) {
+    match kind {
+        InputKind::F32 => (cols, 0),
+        InputKind::Bf16 => (cols.div_ceil(2), 0),
+        InputKind::Int8 => {
+            assert!(cols.is_multiple_of(BLOCK), "{cols} columns are not blocks of {BLOCK}");
+            (cols / BLOCK * BLOCK_WORDS, cols / BLOCK * HALF_WORDS)
+        }
+    }
+}
+
+fn prepare_tile(x: &[f32], cols: usize, kind: InputKind, words: &mut [u32], halves: &mut [u32]) {
+    let rows = x.len() / cols;
+    for (row, x) in x.chunks_exact(cols).enumerate() {
+        match kind {
+            InputKind::F32 => {
+                for (x, to) in x.iter().zip(words[row..].iter_mut().step_by(rows)) {
+                    *to = x.to_bits();
+                }
+            }
+            InputKind::Bf16 => {
+                for (pair, to) in x.chunks(2).zip(words[row..].iter_mut().step_by(rows)) {
+                    *to = to_bf16(pair[0]) | pair.get(1).map_or(0, |&x| to_bf16(x) << 16);
+                }
+            }
+            InputKind::Int8 => {
+                let blocks = words
+                    .chunks_exact_mut(BLOCK_WORDS * rows)
+                    .zip(halves.chunks_exact_mut(HALF_WORDS * rows));
+                for (x, (words, halves)) in x.chunks_exact(BLOCK).zip(blocks) {
+                    prepare_block(x, row, rows, words, halves);
+                }
+            }
+        }
+    }
+}
+
+/// Rounds to nearest even; the bits in the low half. NaN stays NaN.
+#[inline]
+fn to_bf16(x: f32) -> u32 {
+    let bits = x.to_bits();
+    if x.is_nan() {
+        return bits >> 16 | 0x40;
+    }
+    (bits + 0x7fff + (bits >> 16 & 1)) >> 16
+}
+
+/// Writes one row's block at its place among `rows`.
+fn prepare_block(x: &[f32], row: usize, rows: usize, words: &mut [u32], halves: &mut [u32]) {
+    let mut codes = [0i8; BLOCK];
+    let scale = quantize(x, &mut codes);
+    for (group, codes) in codes.chunks_exact(4).enumerate() {
+        words[group * rows + row] =
+            u32::from_le_bytes([codes[0], codes[1], codes[2], codes[3]].map(|c| c as u8));
+    }
+    let sum = |codes: &[i8]| codes.iter().map(|&code| i32::from(code)).sum::<i32>();
+    let (first, second) = (sum(&codes[..BLOCK / 2]), sum(&codes[BLOCK / 2..]));
+    words[8 * rows + row] = scale.to_bits();
+    words[9 * rows + row] = (scale * (first + second) as f32).to_bits();
+    words[10 * rows + row] = -(first + second) as u32;
+    halves[row] = -first as u32;
+    halves[rows + row] = -second as u32;
+    halves[2 * rows + row] = (scale * first as f32).to_bits();
+    halves[3 * rows + row] = (scale * second as f32).to_bits();
+}
+
+/// The largest magnitude that counts as zero, so that its inverse is finite.
+pub(crate) const TINY: f32 = f32::from_bits(27 << 23);
+
+/// One block of activations as signed bytes, and the scale they are multiples of: the largest magnitude / 127, codes
+/// rounded to nearest even. A block with an infinity or a NaN gets a NaN scale, so that it can't pass for numbers.
+pub(crate) fn quantize(x: &[f32], codes: &mut [i8]) -> f32 {
+    // As bits, magnitudes are ordered the same and NaN is above infinity.
+    let largest = f32::from_bits(x.iter().fold(0, |max, x| (x.to_bits() & 0x7fff_ffff).max(max)));
+    if !largest.is_finite() || largest < TINY {
+        codes.fill(0);
+        return if largest.is_finite() { 0.0 } else { f32::NAN };
+    }
+    let inverse = 127.0 / largest;
+    for (code, x) in codes.iter_mut().zip(x) {
+        *code = (x * inverse).round_ties_even() as i8;
+    }
+    largest / 127.0
+}
