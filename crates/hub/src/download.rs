@@ -72,10 +72,10 @@ struct Validator {
 
 enum Attempt {
     Done(Finished),
-    /// Tried again; `gained` says whether bytes came.
+    /// May be tried again; `have` bytes are here.
     Again {
         failure: HttpFailure,
-        gained: bool,
+        have: u64,
     },
 }
 
@@ -89,14 +89,18 @@ pub(crate) fn download(
     report: &mut dyn FnMut(Event<'_>),
 ) -> Result<Finished, Failure> {
     let mut fruitless = 0;
+    // Only bytes past every earlier try count as progress: a server without ranges that always cuts at the same place
+    // would else be asked for ever.
+    let mut furthest = 0;
     let mut pause = Duration::from_millis(250);
     loop {
         match attempt(http, job, report)? {
             Attempt::Done(finished) => return Ok(finished),
-            Attempt::Again { failure, gained } => {
-                fruitless = if gained { 0 } else { fruitless + 1 };
-                if gained {
-                    pause = Duration::from_millis(250);
+            Attempt::Again { failure, have } => {
+                if have > furthest {
+                    (furthest, fruitless, pause) = (have, 0, Duration::from_millis(250));
+                } else {
+                    fruitless += 1;
                 }
                 if !failure.retry || fruitless >= job.tries {
                     return Err(Failure::Source(failure.reason));
@@ -157,7 +161,7 @@ fn attempt(http: &Http, job: &Job<'_>, report: &mut dyn FnMut(Event<'_>)) -> Res
                 if failure.reason == RANGE_REFUSED {
                     discard(&part, &note);
                 }
-                return Ok(Attempt::Again { failure, gained: false });
+                return Ok(Attempt::Again { failure, have: 0 });
             }
         };
         let length: Option<u64> = header(&response, "content-length").and_then(|v| v.parse().ok());
@@ -170,7 +174,7 @@ fn attempt(http: &Http, job: &Job<'_>, report: &mut dyn FnMut(Event<'_>)) -> Res
                     discard(&part, &note);
                     let failure =
                         HttpFailure::passing(format!("{} sent another range than asked", host(job.url)));
-                    return Ok(Attempt::Again { failure, gained: false });
+                    return Ok(Attempt::Again { failure, have: 0 });
                 }
             }
         } else {
@@ -209,7 +213,6 @@ fn attempt(http: &Http, job: &Job<'_>, report: &mut dyn FnMut(Event<'_>)) -> Res
             let text = serde_json::to_vec(&validator).unwrap_or_default();
             fs::write(&note, text).map_err(Error::disk("write", &note))?;
         }
-        let before = have;
         let outcome = copy(
             response.into_body().into_reader(),
             &mut file,
@@ -221,13 +224,12 @@ fn attempt(http: &Http, job: &Job<'_>, report: &mut dyn FnMut(Event<'_>)) -> Res
             report,
         )?;
         file.sync_all().map_err(Error::disk("write", &part))?;
-        let gained = have > before;
         if let Some(reason) = outcome {
-            return Ok(Attempt::Again { failure: HttpFailure::passing(reason), gained });
+            return Ok(Attempt::Again { failure: HttpFailure::passing(reason), have });
         }
         if total.is_some_and(|t| have < t) {
             let reason = format!("{}: the connection was cut", host(job.url));
-            return Ok(Attempt::Again { failure: HttpFailure::passing(reason), gained });
+            return Ok(Attempt::Again { failure: HttpFailure::passing(reason), have });
         }
     }
     let sha256 = hex(&hash.finalize());
@@ -240,7 +242,7 @@ fn attempt(http: &Http, job: &Job<'_>, report: &mut dyn FnMut(Event<'_>)) -> Res
         );
         // Bytes kept from an earlier try may be the wrong ones: once more from the first byte.
         return if resumed_from > 0 {
-            Ok(Attempt::Again { failure: HttpFailure::passing(reason), gained: false })
+            Ok(Attempt::Again { failure: HttpFailure::passing(reason), have: 0 })
         } else {
             Err(Failure::Source(reason))
         };
