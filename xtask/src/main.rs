@@ -8,6 +8,8 @@
 mod command;
 mod graph;
 mod machine;
+mod peers;
+mod replica;
 mod stages;
 
 use std::path::PathBuf;
@@ -31,6 +33,8 @@ enum Chore {
         #[arg(long)]
         only: Option<stages::Stage>,
     },
+    /// Measures Consort beside another system and writes the table.
+    Peers(peers::PeersArguments),
     /// Holds the crates' dependencies to the table in ARCHITECTURE.md.
     Graph,
 }
@@ -39,6 +43,7 @@ fn main() -> ExitCode {
     let arguments = Arguments::parse();
     let done = match arguments.chore {
         Chore::Test { only } => stages::test(&root(), only),
+        Chore::Peers(arguments) => peers::compare(&root(), &arguments),
         Chore::Graph => graph::check(&root()).map(|floors| println!("{floors} crates stand on their floors")),
     };
     match done {

@@ -1,0 +1,28 @@
+//! Real clients: the chat page in a browser, and OpenAI's own Python library, each a script of its own under `tests/`.
+
+use std::path::Path;
+use std::process::Command;
+
+use crate::replica::serve;
+
+/// Runs a script against a fresh replica, with the Python that `cargo xtask test` prepared.
+fn drive(script: &str, arguments: &[&str]) {
+    let Some(python) = std::env::var_os("CONSORT_TEST_PYTHON") else {
+        println!("CONSORT_TEST_PYTHON is not set: skipped (cargo xtask test sets it)");
+        return;
+    };
+    let Some(replica) = serve(arguments) else { return };
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests").join(script);
+    let mut command = Command::new(python);
+    command.arg(&script).args(["--url", &format!("http://{}", replica.address)]);
+    if let Some(chromium) = std::env::var_os("CONSORT_TEST_CHROMIUM") {
+        command.env("CHROMIUM", chromium);
+    }
+    let status = command.status().unwrap();
+    assert!(status.success(), "{} ended with {status}", script.display());
+}
+
+#[test]
+fn the_page_works_in_a_browser() {
+    drive("page/test_page.py", &[]);
+}

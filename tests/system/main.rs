@@ -1,0 +1,14 @@
+//! The real `consort serve` process, treated the way the world treats a server: clients that die, dawdle, flood and
+//! lie, signals, long hours.
+//!
+//! Each test starts its own process on the real model, found through `CONSORT_TEST_SMOLLM2` (`cargo xtask test`
+//! sets it; without it these tests say so and pass). They take turns, since each of them wants the whole machine.
+
+mod client;
+mod clients;
+mod contract;
+mod hostile;
+mod overload;
+mod replica;
+mod signals;
+mod steady;

@@ -1,0 +1,156 @@
+//! A `consort serve` process under test.
+
+use std::fs;
+use std::io::Read;
+use std::net::{SocketAddr, TcpListener};
+use std::path::PathBuf;
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+
+use crate::client::{self, PATIENCE, Response};
+
+/// Held by each test: they measure memory and processor time, so they don't run beside each other.
+static MACHINE: Mutex<()> = Mutex::new(());
+
+/// A running replica.
+pub(crate) struct Replica {
+    child: Child,
+    pub(crate) address: SocketAddr,
+    pub(crate) started: Instant,
+    _machine: Option<MutexGuard<'static, ()>>,
+}
+
+/// The model under test, or `None` (and a word about it) where none is at hand.
+pub(crate) fn model() -> Option<PathBuf> {
+    let path = std::env::var_os("CONSORT_TEST_SMOLLM2").map(PathBuf::from);
+    if path.is_none() {
+        println!("CONSORT_TEST_SMOLLM2 is not set: skipped (cargo xtask test sets it)");
+    }
+    path
+}
+
+/// Starts a replica with these further arguments and waits until it is ready; `None` without a model.
+pub(crate) fn serve(arguments: &[&str]) -> Option<Replica> {
+    let guard = MACHINE.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut replica = start(arguments)?;
+    replica._machine = Some(guard);
+    Some(replica)
+}
+
+/// Starts one more, beside another that holds the machine.
+pub(crate) fn start(arguments: &[&str]) -> Option<Replica> {
+    let model = model()?;
+    let address = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let started = Instant::now();
+    let child = Command::new(env!("CARGO_BIN_EXE_consort"))
+        .arg("serve")
+        .arg(model)
+        .args(["--port", &address.port().to_string()])
+        .args(arguments)
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut replica = Replica { child, address, started, _machine: None };
+    replica.await_that("the replica is ready", |replica| {
+        if let Some(status) = replica.child.try_wait().unwrap() {
+            let mut said = String::new();
+            replica.child.stderr.take().unwrap().read_to_string(&mut said).unwrap();
+            panic!("consort serve ended with {status}: {said}");
+        }
+        client::send(replica.address, "GET", "/ready", b"").is_ok_and(|r| r.status == 200)
+    });
+    // The log is drained so that the process never waits for us.
+    let mut stderr = replica.child.stderr.take().unwrap();
+    thread::spawn(move || std::io::copy(&mut stderr, &mut std::io::sink()));
+    Some(replica)
+}
+
+impl Replica {
+    pub(crate) fn post(&self, path: &str, body: &Value) -> Response {
+        client::post(self.address, path, body).unwrap()
+    }
+
+    /// A greedy chat answer of exactly `tokens` tokens.
+    pub(crate) fn chat(&self, tokens: usize) -> Response {
+        self.post("/v1/chat/completions", &chat("Tell me about the sea.", tokens))
+    }
+
+    /// Asserts that it still answers a well-behaved client.
+    pub(crate) fn must_answer(&self) {
+        let response = self.chat(3);
+        assert_eq!(response.status, 200, "{}", response.text());
+        assert_eq!(response.json()["usage"]["completion_tokens"], 3);
+    }
+
+    /// A series of `/metrics` without labels.
+    pub(crate) fn metric(&self, name: &str) -> f64 {
+        let text = client::send(self.address, "GET", "/metrics", b"").unwrap().text();
+        let value = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+        value.unwrap_or_else(|| panic!("no {name} in:\n{text}")).parse().unwrap()
+    }
+
+    /// Waits until something holds that only the other process can bring about.
+    pub(crate) fn await_that(&mut self, what: &str, mut holds: impl FnMut(&mut Replica) -> bool) {
+        let begun = Instant::now();
+        while !holds(self) {
+            assert!(begun.elapsed() < PATIENCE, "waited {PATIENCE:?} until {what}");
+            thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    /// Bytes in memory now, and the most there ever were.
+    pub(crate) fn memory(&self) -> (u64, u64) {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.child.id())).unwrap();
+        let kib = |name: &str| -> u64 {
+            let line = status.lines().find_map(|l| l.strip_prefix(name)).unwrap();
+            line.trim().trim_end_matches(" kB").parse().unwrap()
+        };
+        (kib("VmRSS:") * 1024, kib("VmHWM:") * 1024)
+    }
+
+    /// Processor time used so far, in clock ticks (a hundredth of a second on every Linux we run on).
+    pub(crate) fn ticks(&self) -> u64 {
+        let stat = fs::read_to_string(format!("/proc/{}/stat", self.child.id())).unwrap();
+        // The name in parentheses may hold spaces; utime and stime are the 12th and 13th field after it.
+        let fields: Vec<_> = stat.rsplit_once(") ").unwrap().1.split(' ').collect();
+        fields[11].parse::<u64>().unwrap() + fields[12].parse::<u64>().unwrap()
+    }
+
+    /// Sends a signal by name.
+    pub(crate) fn signal(&self, name: &str) {
+        signal(self.child.id(), name);
+    }
+
+    /// Waits for the process to end.
+    pub(crate) fn wait(&mut self) -> ExitStatus {
+        self.await_that("the process ends", |replica| replica.child.try_wait().unwrap().is_some());
+        self.child.wait().unwrap()
+    }
+}
+
+impl Drop for Replica {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Sends a signal to a process; the shell has it built in.
+pub(crate) fn signal(process: u32, name: &str) {
+    let status = Command::new("sh").args(["-c", &format!("kill -{name} {process}")]).status().unwrap();
+    assert!(status.success());
+}
+
+/// A greedy chat request for exactly `tokens` tokens.
+pub(crate) fn chat(text: &str, tokens: usize) -> Value {
+    json!({
+        "messages": [{"role": "user", "content": text}],
+        "temperature": 0, "max_tokens": tokens, "ignore_eos": true,
+    })
+}
