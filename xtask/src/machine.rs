@@ -12,7 +12,7 @@ use anyhow::{Context, Result, bail};
 use crate::command::{find, logged, output, target_folder};
 
 /// The Python packages that the tests drive Consort with. Pinned, so that a red run is ours and not a new release's.
-const PYTHON_PACKAGES: [&str; 3] = ["openai==3.52.0", "jsonschema==4.26.0", "websockets==17.4"];
+const PYTHON_PACKAGES: [&str; 2] = ["openai==3.52.0", "jsonschema==4.26.0"];
 
 /// What a prepared machine has.
 pub(crate) struct Machine {

@@ -8,6 +8,7 @@
 mod command;
 mod graph;
 mod machine;
+mod overload;
 mod peers;
 mod replica;
 mod stages;
@@ -35,6 +36,12 @@ enum Chore {
     },
     /// Measures Consort beside another system and writes the table.
     Peers(peers::PeersArguments),
+    /// Floods a replica with four times the clients it has room for.
+    Overload {
+        /// How long.
+        #[arg(long, default_value_t = 60)]
+        seconds: u64,
+    },
     /// Holds the crates' dependencies to the table in ARCHITECTURE.md.
     Graph,
 }
@@ -44,6 +51,7 @@ fn main() -> ExitCode {
     let done = match arguments.chore {
         Chore::Test { only } => stages::test(&root(), only),
         Chore::Peers(arguments) => peers::compare(&root(), &arguments),
+        Chore::Overload { seconds } => overload::flood(&root(), seconds),
         Chore::Graph => graph::check(&root()).map(|floors| println!("{floors} crates stand on their floors")),
     };
     match done {

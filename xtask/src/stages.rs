@@ -4,7 +4,7 @@
 //! artifacts serves the unit tests, the binary under test and the real models. Installing and fetching for the
 //! machine runs beside the compiler.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 use std::thread;
 use std::time::Instant;
@@ -77,7 +77,10 @@ pub(crate) fn test(root: &Path, only: Option<Stage>) -> Result<()> {
     if wants(Stage::Build) {
         stage("build", || run(&mut cargo(root, ["test", "--workspace", "--no-run", "--quiet", "--locked"])))?;
     }
-    let models = if wants(Stage::Models) { stage("models", || fetch_models(root))? } else { Vec::new() };
+    let models = match wants(Stage::Models) {
+        true => stage("models", || fetch_models(root, &target_folder(root).join("debug/consort"), &MODELS))?,
+        false => Vec::new(),
+    };
     let machine = match machine {
         Some(thread) => Some(thread.join().map_err(|_| anyhow!("preparing the machine panicked"))??),
         None => None,
@@ -108,17 +111,19 @@ fn stage<T>(name: &str, work: impl FnOnce() -> Result<T>) -> Result<T> {
     Ok(done)
 }
 
-/// Where the dev profile's binary lies.
-fn binary(root: &Path) -> PathBuf {
-    target_folder(root).join("debug/consort")
+/// Fetches the SmolLM2 test model with a release build; returns its variable and file.
+pub(crate) fn release_model(root: &Path) -> Result<(&'static str, String)> {
+    run(&mut cargo(root, ["build", "--release", "--quiet", "--locked", "-p", "consort"]))?;
+    let files = fetch_models(root, &target_folder(root).join("release/consort"), &MODELS[..1])?;
+    files.into_iter().next().context("no test model")
 }
 
-/// Pulls each test model; returns the variable and file of each.
-fn fetch_models(root: &Path) -> Result<Vec<(&'static str, String)>> {
+/// Pulls each model; returns the variable and file of each.
+fn fetch_models(root: &Path, binary: &Path, models: &[TestModel]) -> Result<Vec<(&'static str, String)>> {
     let home = target_folder(root).join("models");
     let mut files = Vec::new();
-    for model in &MODELS {
-        let mut pull = Command::new(binary(root));
+    for model in models {
+        let mut pull = Command::new(binary);
         let json = output(pull.env("CONSORT_HOME", &home).args(["pull", model.name, "--json"]))?;
         let answer: serde_json::Value = serde_json::from_str(&json)
             .with_context(|| format!("`consort pull {} --json` printed {json:?}", model.name))?;
