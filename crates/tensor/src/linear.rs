@@ -17,6 +17,8 @@ use crate::pool::{Disjoint, Worker};
 use crate::{Cpu, DType, Family, Pool};
 use tile::{Kernel, Sums, TILE, Tile};
 
+#[cfg(target_arch = "x86_64")]
+mod avx512;
 mod inputs;
 mod scalar;
 mod tile;
@@ -131,7 +133,7 @@ fn run(pool: &Pool, x: &Inputs, jobs: &[Job<'_>]) {
             }
         });
     }
-    let tile_bytes = x.tile(0).2.len() * size_of::<u32>();
+    let tile_bytes = size_of_val(x.tile(0).2);
     let chunk = (CHUNK_BYTES / tile_bytes.max(1)).clamp(1, tiles);
     // As even as possible: no short chunk at the end.
     let chunks = tiles.div_ceil(chunk);
@@ -277,8 +279,12 @@ fn compute(cpu: Cpu, tile: &Tile<'_>, sums: &mut Sums) {
     unsafe { kernel(tile, sums) }
 }
 
-fn kernel(_family: Family, dtype: DType, _rows: usize) -> Kernel {
-    scalar::kernel(dtype)
+fn kernel(family: Family, dtype: DType, rows: usize) -> Kernel {
+    match family {
+        #[cfg(target_arch = "x86_64")]
+        Family::Avx512 => avx512::kernel(dtype, rows),
+        _ => scalar::kernel(dtype),
+    }
 }
 
 #[cfg(test)]

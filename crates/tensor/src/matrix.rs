@@ -200,7 +200,7 @@ impl<'a> Source<'a> {
         }
         // A product that overflows is more than any file has.
         let row_bytes = dtype.bytes(cols).unwrap_or(usize::MAX);
-        let expected = row_bytes.checked_mul(rows).unwrap_or(usize::MAX);
+        let expected = row_bytes.saturating_mul(rows);
         if expected != bytes.len() {
             return Err(Error::WrongLength { rows, cols, dtype: dtype.name(), expected, got: bytes.len() });
         }

@@ -75,7 +75,7 @@ fn q4_1(block: &[u8], out: &mut [f32]) {
 fn q5_0(block: &[u8], out: &mut [f32]) {
     let (d, high) = (half_at(block, 0), word_at(block, 2));
     for (k, y) in out.iter_mut().enumerate() {
-        let code = nibble(&block[6..], k) | (high >> k & 1) as u8 * 16;
+        let code = nibble(&block[6..], k) | ((high >> k & 1) as u8 * 16);
         *y = d * (f32::from(code) - 16.0);
     }
 }
@@ -83,7 +83,7 @@ fn q5_0(block: &[u8], out: &mut [f32]) {
 fn q5_1(block: &[u8], out: &mut [f32]) {
     let (d, m, high) = (half_at(block, 0), half_at(block, 2), word_at(block, 4));
     for (k, y) in out.iter_mut().enumerate() {
-        let code = nibble(&block[8..], k) | (high >> k & 1) as u8 * 16;
+        let code = nibble(&block[8..], k) | ((high >> k & 1) as u8 * 16);
         *y = d * f32::from(code) + m;
     }
 }
