@@ -138,7 +138,10 @@ impl Opened {
     /// # Errors
     /// [`Error::Malformed`], [`Error::Unsupported`].
     pub fn tokenizer(&self) -> Result<Tokenizer, Error> {
-        todo!()
+        match &self.source {
+            Source::Gguf(gguf) => Tokenizer::from_gguf(gguf),
+            Source::Folder { path, .. } => Tokenizer::from_folder(path),
+        }
     }
 
     /// The model's chat template, if it has one.

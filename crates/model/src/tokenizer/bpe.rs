@@ -1,6 +1,6 @@
 //! Byte-level byte-pair encoding (GPT-2 and after): cut into words, merge bytes by the order of learned merges.
 
-use std::collections::HashMap;
+use hashbrown::HashMap;
 
 use super::byte_level;
 use super::merge::{Pairs, Symbol, merge};

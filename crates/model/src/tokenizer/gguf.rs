@@ -10,6 +10,7 @@ use super::spm::{SPACE, Spm};
 use super::vocabulary::{TokenKind, Vocabulary};
 use super::{ENDS, Encoder, Tokenizer};
 use crate::Error;
+use crate::formats::gguf::Gguf;
 
 /// A GGUF's tokenizer metadata as plain values: the keys `tokenizer.ggml.…`, as they stand in the file.
 #[derive(Clone, Debug, Default)]
@@ -42,7 +43,40 @@ pub struct GgufVocab<'a> {
     pub add_space_prefix: Option<bool>,
 }
 
+impl<'a> GgufVocab<'a> {
+    /// The tokenizer's part of a file's metadata.
+    ///
+    /// # Errors
+    /// [`Error::Malformed`] where a key holds a value of the wrong type.
+    pub fn read(gguf: &'a Gguf) -> Result<GgufVocab<'a>, Error> {
+        let id = |name: &str| gguf.u32(&format!("tokenizer.ggml.{name}_token_id"));
+        Ok(GgufVocab {
+            model: gguf.str("tokenizer.ggml.model")?.unwrap_or("none"),
+            pre: gguf.str("tokenizer.ggml.pre")?,
+            tokens: gguf.strings("tokenizer.ggml.tokens")?.into_iter().flatten().collect(),
+            scores: gguf.array_f32("tokenizer.ggml.scores")?.unwrap_or_default(),
+            token_types: gguf.array_i32("tokenizer.ggml.token_type")?.unwrap_or_default(),
+            merges: gguf.strings("tokenizer.ggml.merges")?.into_iter().flatten().collect(),
+            bos: id("bos")?,
+            eos: id("eos")?,
+            eot: id("eot")?,
+            eom: id("eom")?,
+            unknown: id("unknown")?,
+            add_bos: gguf.bool("tokenizer.ggml.add_bos_token")?,
+            add_space_prefix: gguf.bool("tokenizer.ggml.add_space_prefix")?,
+        })
+    }
+}
+
 impl Tokenizer {
+    /// Builds the tokenizer that a GGUF file carries.
+    ///
+    /// # Errors
+    /// As [`Tokenizer::from_vocab`].
+    pub fn from_gguf(gguf: &Gguf) -> Result<Tokenizer, Error> {
+        Tokenizer::from_vocab(&GgufVocab::read(gguf)?, gguf.path())
+    }
+
     /// Builds a tokenizer from a GGUF's metadata; `path` is for errors.
     ///
     /// # Errors

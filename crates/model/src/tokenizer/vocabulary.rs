@@ -2,9 +2,9 @@
 //!
 //! Flat, because a map of 262,144 owned strings would take some 25 MB and as many allocations at start.
 
-use std::hash::{BuildHasher, RandomState};
+use std::hash::BuildHasher;
 
-use hashbrown::HashTable;
+use hashbrown::{DefaultHashBuilder, HashTable};
 
 /// What a token is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -28,7 +28,7 @@ pub(crate) struct Vocabulary {
     byte_ends: Vec<u32>,
     kinds: Vec<TokenKind>,
     by_text: HashTable<u32>,
-    hasher: RandomState,
+    hasher: DefaultHashBuilder,
     longest: usize,
 }
 
@@ -41,7 +41,7 @@ impl Vocabulary {
             byte_ends: Vec::with_capacity(tokens),
             kinds: Vec::with_capacity(tokens),
             by_text: HashTable::with_capacity(tokens),
-            hasher: RandomState::new(),
+            hasher: DefaultHashBuilder::default(),
             longest: 0,
         }
     }
