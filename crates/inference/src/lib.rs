@@ -23,9 +23,11 @@ pub mod runner;
 pub mod sampler;
 pub mod scheduler;
 mod stats;
+pub mod text;
 mod worker;
 
 pub use engine::{Engine, EngineOptions, Stats};
 pub use hash_runner::HashRunner;
 pub use request::{Event, FinishReason, Request, Sampling, Submission, SubmitError, TokenEvent, Usage};
 pub use runner::Runner;
+pub use text::{Piece, StopMatch, TextAssembler};
