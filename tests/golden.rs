@@ -50,7 +50,7 @@ fn load(variable: &str, record: &str) -> Option<Loaded> {
         "{} is not the file that was recorded",
         path.display()
     );
-    let pool = Pool::new(Cpu::detect(), 2);
+    let pool = Pool::new(2, Cpu::detect());
     let opened = consort_model::open(&path).unwrap();
     let tokenizer = opened.tokenizer().unwrap();
     let template = opened.chat_template().unwrap();

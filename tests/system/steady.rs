@@ -13,7 +13,7 @@ fn starts_quickly_in_little_memory() {
     /// What a process may use beside the model's file and its cache.
     const ROOM: u64 = 150 << 20;
     const KV: u64 = 256 << 20;
-    let Some(replica) = serve(&["--kv-mib", "256"]) else { return };
+    let Some(replica) = serve(&["--kv-bytes", "256M"]) else { return };
     let mut events = client::stream(replica.address, "/v1/chat/completions", &chat("Say hello.", 8)).unwrap();
     let first =
         |event: &Value| event["choices"][0]["delta"]["content"].as_str().is_some_and(|t| !t.is_empty());
@@ -53,7 +53,7 @@ fn idle_burns_nothing() {
 fn memory_stays_level() {
     /// Growth over the second half of the requests; a leak of a kilobyte a token would be ten times that.
     const GROWTH: u64 = 8 << 20;
-    let Some(replica) = serve(&["--kv-mib", "64"]) else { return };
+    let Some(replica) = serve(&["--kv-bytes", "64M"]) else { return };
     let round = |from: usize| {
         std::thread::scope(|scope| {
             for lane in 0..4 {

@@ -30,7 +30,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let (threads, repeat) = (option("--threads", machine), option("--repeat", 1).max(1));
     let (prompt, generate) = (option("--prompt", 512).max(1), option("--generate", 128).max(1));
 
-    let pool = Pool::new(Cpu::detect(), threads);
+    let pool = Pool::new(threads, Cpu::detect());
     let opened = consort_model::open(Path::new(&path))?;
     let tokenizer = Arc::new(opened.tokenizer()?);
     let model = Arc::new(opened.load(&pool)?);
