@@ -4,10 +4,10 @@
 //! cached prefixes give the same bits. The order, for one query of one head, over each block of 64 keys
 //! that starts at a multiple of 64:
 //!
-//! 1. every score is one chain of fused multiply-adds over the dimensions of `q · scale` and a key, then the cap;
-//!    a key out of sight scores −∞;
-//! 2. the maximum so far `m` grows to include the block; `p = exp(score − m)`, and what was summed under the
-//!    older maximum is multiplied by `exp(older − m)`;
+//! 1. every score is one chain of fused multiply-adds over the dimensions of `q · scale · log₂ e` and a key (with a
+//!    cap, log₂ e comes after it); a key out of sight scores −∞;
+//! 2. the maximum so far `m` grows to include the block; `p = 2^(score − m)`, and what was summed under the older
+//!    maximum is multiplied by `2^(older − m)`;
 //! 3. the sum of `p` is kept in sixteen lanes, each output dimension as one chain over the keys in order.
 //!
 //! A block that is wholly out of sight changes no bit (`m` starts finite, so both factors are 1 and every `p` is
@@ -199,7 +199,10 @@ impl Kernel for Attend<'_> {
 
     #[inline(always)]
     fn call<L: Lanes>(self, l: L) {
-        SCRATCH.with_borrow_mut(|scratch| attend(l, self.call, &self.task, scratch));
+        // Taken and given back rather than borrowed in a closure, which would not have the family's instructions.
+        let mut scratch = SCRATCH.take();
+        attend(l, self.call, &self.task, &mut scratch);
+        SCRATCH.set(scratch);
     }
 }
 
@@ -225,7 +228,7 @@ fn attend<L: Lanes>(l: L, call: &Call<'_>, task: &Task, scratch: &mut Vec<f32>) 
     let head_of = |i: usize| task.heads.start + i % task.heads.len();
     for i in 0..count {
         let from = (row_of(i) * heads + head_of(i)) * head_dim;
-        group.start(i, &call.q[from..from + head_dim], call.params.scale);
+        group.start(i, &call.q[from..from + head_dim], call.params.scale, call.params.softcap);
     }
     let position = |i: usize| span.first_position + task.rows.start + i / task.heads.len();
     let first_seen = |i: usize| call.params.window.map_or(0, |w| (position(i) + 1).saturating_sub(w));

@@ -91,23 +91,17 @@ impl KvCache {
             assert!(span.first_row <= rows && span.rows <= rows - span.first_row, "a span leaves the batch");
             span.check(self.blocks);
         }
-        // Tiles of 16 dimensions belong to one worker each, so no two write the same element whatever the spans.
-        let tiles = head_dim.div_ceil(LANES);
-        let (shape, blocks) = (self.shape, self.blocks);
+        // Dimensions belong to one worker each, so no two write the same element whatever the spans.
+        let tiles = kv_heads * head_dim.div_ceil(LANES);
+        let shape = self.shape;
         let halves = Disjoint::new(&mut self.halves);
-        let work = |tiles_here: std::ops::Range<usize>| {
-            for index in tiles_here {
-                let (head, dim) = (index / tiles, index % tiles * LANES);
-                for span in spans {
-                    let tile = StoreTile { shape, blocks, halves: &halves, layer, head, dim, span, k, v };
-                    lanes::dispatch(pool.cpu(), tile);
-                }
-            }
+        let store = |tiles: std::ops::Range<usize>| {
+            lanes::dispatch(pool.cpu(), Store { shape, halves: &halves, layer, tiles, spans, k, v });
         };
         if k.len() < FORK_VALUES {
-            work(0..kv_heads * tiles);
+            store(0..tiles);
         } else {
-            pool.run(|worker| work(worker.split(kv_heads * tiles, 1)));
+            pool.run(|worker| store(worker.split(tiles, 1)));
         }
     }
 
@@ -126,55 +120,84 @@ fn page_start(shape: KvShape, layer: usize, block: usize, head: usize) -> usize 
     ((block * shape.layers + layer) * shape.kv_heads + head) * 2 * shape.page()
 }
 
-/// Up to sixteen dimensions of one head, for all rows of a span.
-struct StoreTile<'a> {
+/// Some tiles of all rows; a tile is up to sixteen dimensions of one head.
+struct Store<'a> {
     shape: KvShape,
-    blocks: usize,
     halves: &'a Disjoint<'a, u16>,
     layer: usize,
-    head: usize,
-    dim: usize,
-    span: &'a Span<'a>,
+    tiles: std::ops::Range<usize>,
+    spans: &'a [Span<'a>],
     k: &'a [f32],
     v: &'a [f32],
 }
 
-impl Kernel for StoreTile<'_> {
+impl Kernel for Store<'_> {
     type Output = ();
 
     #[inline(always)]
     fn call<L: Lanes>(self, l: L) {
         let KvShape { kv_heads, head_dim, .. } = self.shape;
-        let dims = LANES.min(head_dim - self.dim);
-        let page = self.shape.page();
-        let convert = |row: &[f32]| {
-            let bounded =
-                l.min(l.max(l.nan_to_zero(l.load_first(row, dims)), l.splat(-HALF_MAX)), l.splat(HALF_MAX));
-            let mut halves = [0u16; LANES];
-            l.store_half(bounded, &mut halves);
-            halves
-        };
-        for r in 0..self.span.rows {
-            let position = self.span.first_position + r;
-            let (block, token) =
-                (self.span.blocks[position / BLOCK_TOKENS] as usize, position % BLOCK_TOKENS);
-            debug_assert!(block < self.blocks);
-            let from = ((self.span.first_row + r) * kv_heads + self.head) * head_dim + self.dim;
-            let start = page_start(self.shape, self.layer, block, self.head);
-            let value = start + page + token * head_dim + self.dim;
-            // SAFETY: every element written here belongs to this head's tile of dimensions, which one worker has;
-            // the two parts don't live at the same time.
-            unsafe {
-                self.halves.part(value..value + dims).copy_from_slice(&convert(&self.v[from..])[..dims]);
-                let keys = self
-                    .halves
-                    .part(start + self.dim * BLOCK_TOKENS..start + (self.dim + dims) * BLOCK_TOKENS);
-                for (d, half) in convert(&self.k[from..]).into_iter().take(dims).enumerate() {
-                    keys[d * BLOCK_TOKENS + token] = half;
+        for span in self.spans {
+            let end = span.first_position + span.rows;
+            let mut position = span.first_position;
+            while position < end {
+                let (block, token) = (span.blocks[position / BLOCK_TOKENS] as usize, position % BLOCK_TOKENS);
+                let rows = (BLOCK_TOKENS - token).min(end - position);
+                let row = span.first_row + position - span.first_position;
+                let tiles = head_dim.div_ceil(LANES);
+                for tile in self.tiles.clone() {
+                    let (head, dim) = (tile / tiles, tile % tiles * LANES);
+                    let from = (row * kv_heads + head) * head_dim + dim;
+                    let page = page_start(self.shape, self.layer, block, head);
+                    self.store_tile(l, from, rows, page, dim, token);
+                }
+                position += rows;
+            }
+        }
+    }
+}
+
+impl Store<'_> {
+    /// `rows` tokens of one page, from `token` on; their first value of the tile is `k[from]` and `v[from]`.
+    #[inline(always)]
+    fn store_tile<L: Lanes>(&self, l: L, from: usize, rows: usize, page: usize, dim: usize, token: usize) {
+        let head_dim = self.shape.head_dim;
+        let dims = LANES.min(head_dim - dim);
+        let stride = self.shape.kv_heads * head_dim;
+        let mut halves = [[0; LANES]; BLOCK_TOKENS];
+        for r in 0..rows {
+            halves[r] = halve(l, &self.v[from + r * stride..][..dims]);
+            let to = page + self.shape.page() + (token + r) * head_dim + dim;
+            // SAFETY: in this head's tile of dimensions, which one worker has; no other part lives.
+            unsafe { self.halves.part(to..to + dims) }.copy_from_slice(&halves[r][..dims]);
+        }
+        for r in 0..rows {
+            halves[r] = halve(l, &self.k[from + r * stride..][..dims]);
+        }
+        let to = page + dim * BLOCK_TOKENS;
+        // SAFETY: as above.
+        let keys = unsafe { self.halves.part(to..to + dims * BLOCK_TOKENS) };
+        for (d, lane) in keys.chunks_exact_mut(BLOCK_TOKENS).enumerate() {
+            if rows == BLOCK_TOKENS {
+                for t in 0..BLOCK_TOKENS {
+                    lane[t] = halves[t][d];
+                }
+            } else {
+                for r in 0..rows {
+                    lane[token + r] = halves[r][d];
                 }
             }
         }
     }
+}
+
+/// In half precision, finite, with zeros after the last.
+#[inline(always)]
+fn halve<L: Lanes>(l: L, row: &[f32]) -> [u16; LANES] {
+    let x = l.nan_to_zero(l.load_first(row, row.len()));
+    let mut halves = [0; LANES];
+    l.store_half(l.min(l.max(x, l.splat(-HALF_MAX)), l.splat(HALF_MAX)), &mut halves);
+    halves
 }
 
 #[cfg(test)]

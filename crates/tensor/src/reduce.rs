@@ -8,7 +8,12 @@ use crate::lanes::{self, Kernel, LANES, Lanes};
 /// The index of the largest value; of equals the first. NaN never wins; an all-NaN or empty row gives 0.
 pub fn argmax(cpu: Cpu, row: &[f32]) -> usize {
     let largest = lanes::dispatch(cpu, Largest(row));
-    row.iter().position(|&x| x == largest).unwrap_or(0)
+    // By chunks without an early exit inside, which the compiler vectorises.
+    let chunk = row
+        .chunks(LANES * LANES)
+        .position(|chunk| chunk.iter().fold(false, |found, &x| found | (x == largest)));
+    let start = chunk.unwrap_or(0) * LANES * LANES;
+    row[start..].iter().position(|&x| x == largest).map_or(0, |i| start + i)
 }
 
 /// `ln Σ exp(x)`, in one fixed order of lanes: value *i* is added in lane *i* mod 16, then the lanes in a tree.

@@ -5,7 +5,11 @@
 //! R = 6 and V = 4 that is 24 multiply-adds for 10 loads, which keeps AVX-512's multiplier busy. The tile's shape
 //! decides only which elements are computed together, never an element's own chain, so it is free to choose.
 
-#![allow(clippy::needless_range_loop)] // Rows and vectors are indices of several arrays at once.
+// Rows and vectors are indices of several arrays at once. And closures, as in `array::from_fn`, would not have the
+// family's instructions: only what is inlined into the family's entry has.
+#![allow(clippy::needless_range_loop)]
+
+use std::f32::consts::LOG2_E;
 
 use crate::kv::BLOCK_TOKENS;
 use crate::lanes::{LANES, Lanes};
@@ -66,7 +70,7 @@ pub(super) fn expand<L: Lanes>(l: L, halves: &[u16], out: &mut [f32]) {
 pub(super) struct Group<'a> {
     count: usize,
     head_dim: usize,
-    /// `q · scale`, `head_dim` a row.
+    /// `q` times what turns a score into a power of two, `head_dim` a row.
     q: &'a mut [f32],
     /// `Σ p · value` under the current maximum, `head_dim` rounded up to whole vectors a row.
     sums: &'a mut [f32],
@@ -92,8 +96,9 @@ impl<'a> Group<'a> {
         Group { count, head_dim, q, sums, totals, largest }
     }
 
-    /// Row `i`'s query.
-    pub(super) fn start(&mut self, i: usize, q: &[f32], scale: f32) {
+    /// Row `i`'s query. With a cap, which comes between, the scores turn into powers of two only after it.
+    pub(super) fn start(&mut self, i: usize, q: &[f32], scale: f32, softcap: Option<f32>) {
+        let scale = if softcap.is_some() { scale } else { scale * LOG2_E };
         for (to, q) in self.q[i * self.head_dim..(i + 1) * self.head_dim].iter_mut().zip(q) {
             *to = q * scale;
         }
@@ -164,11 +169,8 @@ impl<'a> Group<'a> {
                 page += 1;
             }
         }
-        let mut shrink = [1.0; R];
-        for r in 0..R {
-            let totals = &mut self.totals[(first + r) * LANES..(first + r + 1) * LANES];
-            shrink[r] = softmax(l, &mut scores[r], seen[r], softcap, &mut self.largest[first + r], totals);
-        }
+        let totals = &mut self.totals[first * LANES..(first + R) * LANES];
+        let shrink = softmax(l, &mut scores, &seen, softcap, &mut self.largest[first..first + R], totals);
         let padded = self.head_dim.next_multiple_of(LANES);
         let sums = &mut self.sums[first * padded..(first + R) * padded];
         // Keys before `begin` and past `end` have p = 0 in every row.
@@ -225,7 +227,10 @@ fn score<L: Lanes, S: Stored, const R: usize, const V: usize>(
     for d in 0..head_dim {
         // SAFETY: `d < head_dim`, each page has `head_dim` vectors and `q` R rows of `head_dim`, both just checked.
         unsafe {
-            let k: [L::V; V] = std::array::from_fn(|v| S::vector(l, keys[v].as_ptr().add(d * LANES)));
+            let mut k = [l.splat(0.0); V];
+            for v in 0..V {
+                k[v] = S::vector(l, keys[v].as_ptr().add(d * LANES));
+            }
             for r in 0..R {
                 let q = l.splat(*q.as_ptr().add(r * head_dim + d));
                 for v in 0..V {
@@ -241,42 +246,58 @@ fn score<L: Lanes, S: Stored, const R: usize, const V: usize>(
     }
 }
 
-/// Turns a row's scores into probabilities under the new maximum and adds them to `totals`. Returns the factor
-/// for what was summed before.
+/// Turns R rows' scores (in powers of two) into probabilities under the new maxima and adds them to `totals`.
+/// Returns the factors for what was summed before.
 #[inline(always)]
-fn softmax<L: Lanes>(
+fn softmax<L: Lanes, const R: usize>(
     l: L,
-    scores: &mut [f32; SOFTMAX_KEYS],
-    seen: (usize, usize),
+    scores: &mut [[f32; SOFTMAX_KEYS]; R],
+    seen: &[(usize, usize); R],
     softcap: Option<f32>,
-    largest: &mut f32,
+    largest: &mut [f32],
     totals: &mut [f32],
-) -> f32 {
-    let mut s: [L::V; PAGES] = std::array::from_fn(|v| l.load(&scores[v * LANES..]));
-    if let Some(cap) = softcap {
-        let scale = l.splat(cap);
-        s = s.map(|s| l.mul(scale, l.tanh(l.div(s, scale))));
-    }
-    if seen != (0, SOFTMAX_KEYS) || softcap.is_some() {
-        let (first, end) = (l.splat(seen.0 as f32), l.splat(seen.1 as f32));
-        let hidden = l.splat(f32::NEG_INFINITY);
-        for v in 0..PAGES {
-            let index = l.load(&INDEX[v * LANES..]);
-            s[v] = l.where_less(index, end, l.where_less(index, first, hidden, s[v]), hidden);
+) -> [f32; LANES] {
+    let older = l.load_first(largest, R);
+    for r in 0..R {
+        let scores = &mut scores[r];
+        if seen[r] != (0, SOFTMAX_KEYS) || softcap.is_some() {
+            limit(l, scores, seen[r], softcap);
         }
+        let low = l.max(l.load(&scores[0..]), l.load(&scores[LANES..]));
+        let high = l.max(l.load(&scores[2 * LANES..]), l.load(&scores[3 * LANES..]));
+        let most = l.largest(l.max(low, high));
+        largest[r] = if most > largest[r] { most } else { largest[r] };
     }
-    let most = l.largest(l.max(l.max(s[0], s[1]), l.max(s[2], s[3])));
-    let older = *largest;
-    *largest = if most > older { most } else { older };
-    let m = l.splat(*largest);
-    let p = s.map(|s| l.exp(l.sub(s, m)));
+    let shrink = l.array(l.exp2_below_one(l.sub(older, l.load_first(largest, R))));
+    for r in 0..R {
+        let m = l.splat(largest[r]);
+        let mut p = [m; PAGES];
+        for v in 0..PAGES {
+            let part = &mut scores[r][v * LANES..];
+            p[v] = l.exp2_below_one(l.sub(l.load(part), m));
+            l.store(p[v], part);
+        }
+        let totals = &mut totals[r * LANES..];
+        let added = l.add(l.add(p[0], p[1]), l.add(p[2], p[3]));
+        l.store(l.fma(l.load(totals), l.splat(shrink[r]), added), totals);
+    }
+    shrink
+}
+
+/// Caps a row's scores and hides those out of sight.
+#[inline(always)]
+fn limit<L: Lanes>(l: L, scores: &mut [f32; SOFTMAX_KEYS], seen: (usize, usize), softcap: Option<f32>) {
+    let (first, end) = (l.splat(seen.0 as f32), l.splat(seen.1 as f32));
+    let hidden = l.splat(f32::NEG_INFINITY);
     for v in 0..PAGES {
-        l.store(p[v], &mut scores[v * LANES..]);
+        let part = &mut scores[v * LANES..];
+        let mut s = l.load(part);
+        if let Some(cap) = softcap {
+            s = l.mul(l.splat(cap * LOG2_E), l.tanh(l.div(s, l.splat(cap))));
+        }
+        let index = l.load(&INDEX[v * LANES..]);
+        l.store(l.where_less(index, end, l.where_less(index, first, hidden, s), hidden), part);
     }
-    let shrink = l.exp(l.sub(l.splat(older), m));
-    let added = l.add(l.add(p[0], p[1]), l.add(p[2], p[3]));
-    l.store(l.fma(l.load(totals), shrink, added), totals);
-    l.array(shrink)[0]
 }
 
 /// 0, 1, 2, …
@@ -296,7 +317,7 @@ const INDEX: [f32; SOFTMAX_KEYS] = {
 fn weigh<L: Lanes, S: Stored, const R: usize, const V: usize>(
     l: L,
     p: &[[f32; SOFTMAX_KEYS]; R],
-    shrink: &[f32; R],
+    shrink: &[f32; LANES],
     pages: &[(&[S], &[S]); PAGES],
     keys: std::ops::Range<usize>,
     head_dim: usize,
@@ -305,9 +326,12 @@ fn weigh<L: Lanes, S: Stored, const R: usize, const V: usize>(
 ) {
     let padded = head_dim.next_multiple_of(LANES);
     let at = |r: usize, v: usize| r * padded + (vector + v) * LANES;
-    let mut acc: [[L::V; V]; R] = std::array::from_fn(|r| {
-        std::array::from_fn(|v| l.mul(l.load(&sums[at(r, v)..]), l.splat(shrink[r])))
-    });
+    let mut acc = [[l.splat(0.0); V]; R];
+    for r in 0..R {
+        for v in 0..V {
+            acc[r][v] = l.mul(l.load(&sums[at(r, v)..]), l.splat(shrink[r]));
+        }
+    }
     assert!(keys.end <= SOFTMAX_KEYS && (vector + V) * LANES <= head_dim);
     let mut key = keys.start;
     while key < keys.end {
@@ -320,7 +344,10 @@ fn weigh<L: Lanes, S: Stored, const R: usize, const V: usize>(
             // from `vector` on, all just checked.
             unsafe {
                 let row = values.as_ptr().add(key % BLOCK_TOKENS * head_dim + vector * LANES);
-                let x: [L::V; V] = std::array::from_fn(|v| S::vector(l, row.add(v * LANES)));
+                let mut x = [l.splat(0.0); V];
+                for v in 0..V {
+                    x[v] = S::vector(l, row.add(v * LANES));
+                }
                 for r in 0..R {
                     let p = l.splat(*p[r].as_ptr().add(key));
                     for v in 0..V {
@@ -343,7 +370,7 @@ fn weigh<L: Lanes, S: Stored, const R: usize, const V: usize>(
 fn weigh_last<L: Lanes, S: Stored, const R: usize>(
     l: L,
     p: &[[f32; SOFTMAX_KEYS]; R],
-    shrink: &[f32; R],
+    shrink: &[f32; LANES],
     pages: &[(&[S], &[S]); PAGES],
     keys: std::ops::Range<usize>,
     head_dim: usize,

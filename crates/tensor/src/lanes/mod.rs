@@ -116,6 +116,21 @@ pub(crate) trait Lanes: Copy {
         self.where_less(x, s(-87.0), s(0.0), e)
     }
 
+    /// `2ˣ` for `x` of 0 or less, to within an ulp: 0 below −125. NaN gives NaN, other input any value.
+    ///
+    /// For the softmax, which can fold log₂ e into its scale: a third fewer operations than [`Lanes::exp`].
+    #[inline(always)]
+    fn exp2_below_one(self, x: Self::V) -> Self::V {
+        let s = |c| self.splat(c);
+        let n = self.round(x);
+        let r = self.sub(x, n);
+        let mut p = s(1.532_431_5e-4);
+        for c in [0.001_339_095_9, 0.009_618_518, 0.055_503_596, 0.240_226_48, std::f32::consts::LN_2, 1.0] {
+            p = self.fma(p, r, s(c));
+        }
+        self.where_less(x, s(-125.0), s(0.0), self.scale_by_power(p, n))
+    }
+
     /// `x · sigmoid(x)`.
     #[inline(always)]
     fn silu(self, x: Self::V) -> Self::V {
@@ -196,6 +211,7 @@ mod tests {
                 l.where_less(a, b, c, a),
                 l.nan_to_zero(l.div(l.sub(a, a), l.sub(b, b))),
                 l.exp(a),
+                l.exp2_below_one(l.min(a, l.splat(0.0))),
                 l.silu(a),
                 l.gelu_tanh(a),
                 l.tanh(a),
@@ -259,6 +275,7 @@ mod tests {
         };
     }
     function!(Exp, exp);
+    function!(Exp2, exp2_below_one);
     function!(Silu, silu);
     function!(Gelu, gelu_tanh);
     function!(Tanh, tanh);
@@ -279,6 +296,24 @@ mod tests {
         assert_eq!(exp(f32::INFINITY), f32::INFINITY);
         assert_eq!(exp(89.0), f32::INFINITY);
         assert!(exp(f32::NAN).is_nan());
+    }
+
+    #[test]
+    fn exp2_below_one_is_within_an_ulp_and_right_at_its_ends() {
+        for i in 0..1_250_000 {
+            let x = i as f32 * -1e-4;
+            let (exact, got) = (f64::from(x).exp2(), dispatch(Cpu::detect(), One(x, Exp2)));
+            let ulp = f64::from(f32::from_bits((exact as f32).to_bits() + 1)) - f64::from(exact as f32);
+            assert!((f64::from(got) - exact).abs() <= ulp, "2^{x} = {got} not {exact}");
+        }
+        for family in Cpu::available() {
+            let exp2 = |x| dispatch(Cpu::force(family).unwrap(), One(x, Exp2));
+            assert_eq!(exp2(0.0), 1.0);
+            assert!(
+                [-125.1, -1e4, -1e10, f32::MIN, f32::NEG_INFINITY].iter().all(|&x| exp2(x).to_bits() == 0)
+            );
+            assert!(exp2(f32::NAN).is_nan());
+        }
     }
 
     #[test]
