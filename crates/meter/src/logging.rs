@@ -34,7 +34,10 @@ impl std::fmt::Display for LogError {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             LogError::Filter { filter, reason } => {
-                write!(f, "log filter {filter:?} is wrong ({reason}); like `info` or `warn,consort_server=debug`")
+                write!(
+                    f,
+                    "log filter {filter:?} is wrong ({reason}); like `info` or `warn,consort_server=debug`"
+                )
             }
             LogError::AlreadySet => write!(f, "logging was already set up in this process"),
         }

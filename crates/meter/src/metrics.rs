@@ -126,12 +126,14 @@ impl Collector for Adapter {
             match sample.kind {
                 SampleKind::Counter(value) => {
                     let metric = ConstCounter::new(value);
-                    let series = encoder.encode_descriptor(sample.name, sample.help, None, metric.metric_type())?;
+                    let series =
+                        encoder.encode_descriptor(sample.name, sample.help, None, metric.metric_type())?;
                     metric.encode(series)?;
                 }
                 SampleKind::Gauge(value) => {
                     let metric = ConstGauge::new(value);
-                    let series = encoder.encode_descriptor(sample.name, sample.help, None, metric.metric_type())?;
+                    let series =
+                        encoder.encode_descriptor(sample.name, sample.help, None, metric.metric_type())?;
                     metric.encode(series)?;
                 }
             }

@@ -1,0 +1,210 @@
+//! From a request that was read to answers under way: what both endpoints do the same.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use axum::http::StatusCode;
+use axum::response::Response;
+use consort_inference::Request;
+use consort_inference::request::Grammar;
+use serde_json::Value;
+
+use crate::answer::{Answer, AnswerSet, Job};
+use crate::engine::Replica;
+use crate::error::{ApiError, ApiResult};
+use crate::fields::Fields;
+use crate::params::{Common, is_false};
+use crate::respond::{self, Echo, Envelope, Shape};
+use crate::serve::{App, Context};
+use crate::tools::{Format, ToolStream};
+
+/// Text longer than this is tokenized off the thread that serves everyone.
+pub(crate) const HEAVY_BYTES: usize = 16 << 10;
+
+/// A prompt's tokens, and its text where the client sent text.
+pub(crate) struct Prompt {
+    pub(crate) ids: Vec<u32>,
+    pub(crate) text: Option<String>,
+}
+
+/// How calls are read out of the answers.
+pub(crate) struct Reading {
+    pub(crate) format: Format,
+    pub(crate) names: Vec<String>,
+    pub(crate) max_calls: usize,
+}
+
+/// All that decides the answers.
+pub(crate) struct Plan {
+    pub(crate) common: Common,
+    pub(crate) prompts: Vec<Prompt>,
+    /// None: as much as the context holds.
+    pub(crate) max_tokens: Option<usize>,
+    pub(crate) logprobs: Option<u8>,
+    pub(crate) echo: bool,
+    pub(crate) grammar: Option<Grammar>,
+    pub(crate) reading: Option<Reading>,
+}
+
+/// The model must be the one served here.
+pub(crate) fn check_model(asked: &Option<String>, replica: &Replica) -> ApiResult<()> {
+    match asked {
+        Some(name) if *name != replica.model && !replica.aliases.contains(name) => {
+            let name: String = name.chars().take(128).collect();
+            let message = format!("the model {name:?} is not served here; this is {:?}", replica.model);
+            Err(ApiError {
+                param: Some("model".to_owned()),
+                ..ApiError::new(StatusCode::NOT_FOUND, "model_not_found", message)
+            })
+        }
+        _ => Ok(()),
+    }
+}
+
+/// OpenAI's parameters that neither endpoint has: refused unless their value changes nothing.
+pub(crate) fn refuse_for_all(fields: &mut Fields) -> ApiResult<()> {
+    let default_tier = |v: &Value| v == "auto" || v == "default";
+    fields.refuse_unless("store", is_false, "nothing is kept here; leave it out or send false")?;
+    fields.refuse_unless("service_tier", default_tier, "there is one tier; leave it out or send auto")
+}
+
+/// Bytes of all strings within `values`: what tokenizing them may cost.
+pub(crate) fn text_bytes(values: &[Value]) -> usize {
+    values
+        .iter()
+        .map(|value| match value {
+            Value::String(text) => text.len(),
+            Value::Array(inner) => text_bytes(inner),
+            Value::Object(map) => map.values().map(|v| text_bytes(std::slice::from_ref(v))).sum(),
+            _ => 0,
+        })
+        .sum()
+}
+
+/// Makes the plan, submits it and answers. `heavy` work (long texts, grammars) is done on a thread of its own.
+pub(crate) async fn answer(
+    app: &App,
+    context: &Context,
+    replica: Replica,
+    heavy: bool,
+    shape: Shape,
+    make: impl FnOnce(&Replica) -> ApiResult<Plan> + Send + 'static,
+) -> ApiResult<Response> {
+    let metrics = app.metrics.clone();
+    let (arrived, deadline) = (context.arrived, context.deadline);
+    let keep_alive = app.options.keep_alive;
+    let begin = move || -> ApiResult<(Envelope, AnswerSet, bool)> {
+        let plan = make(&replica)?;
+        let stream = plan.common.stream;
+        let jobs = jobs(&plan, &replica, shape, deadline)?;
+        let choices = jobs.len();
+        let set = AnswerSet::start(replica.engine.clone(), metrics, arrived, jobs)?;
+        Ok((envelope(plan, &replica, shape, choices, keep_alive), set, stream))
+    };
+    let (envelope, set, stream) = if heavy { app.off_thread(begin).await?? } else { begin()? };
+    respond::respond(envelope, set, stream).await
+}
+
+fn jobs(plan: &Plan, replica: &Replica, shape: Shape, deadline: Instant) -> ApiResult<Vec<Job>> {
+    let context = replica.engine.max_context();
+    let tokenizer = &replica.tokenizer;
+    let common = &plan.common;
+    // With `ignore_eos` only the tokens that the request named end the answer.
+    let mut end_tokens: Vec<u32> =
+        if common.ignore_end { Vec::new() } else { tokenizer.end_tokens().to_vec() };
+    end_tokens.extend(&common.stop_token_ids);
+    let ending: Arc<[u32]> = end_tokens.clone().into();
+    let opening_token = plan.reading.as_ref().and_then(|reading| {
+        tokenizer.token_id(reading.format.opening()).filter(|id| tokenizer.is_special(*id))
+    });
+    let mut jobs = Vec::with_capacity(plan.prompts.len() * common.n);
+    for (p, prompt) in plan.prompts.iter().enumerate() {
+        let length = prompt.ids.len();
+        if length >= context {
+            return Err(ApiError::param(
+                if shape == Shape::Completion { "prompt" } else { "messages" },
+                format!("the prompt has {length} tokens; this model's context holds {context}, the answer's included"),
+            )
+            .code("context_length_exceeded"));
+        }
+        let max_tokens = plan.max_tokens.unwrap_or(context - length);
+        if max_tokens > context - length {
+            return Err(ApiError::param(
+                "max_tokens",
+                format!(
+                    "max_tokens is {max_tokens} and the prompt has {length} tokens; together that is more than the \
+                     {context} tokens of this model's context. At most {} are left for the answer",
+                    context - length
+                ),
+            )
+            .code("context_length_exceeded"));
+        }
+        for i in 0..common.n {
+            let mut sampling = common.sampling.clone();
+            sampling.seed = common.choice_seed(i);
+            let tools = plan.reading.as_ref().map(|reading| {
+                let stream = ToolStream::new(reading.format, reading.names.clone(), reading.max_calls);
+                (stream, opening_token)
+            });
+            jobs.push(Job {
+                index: p * common.n + i,
+                answer: Answer::new(
+                    tokenizer.clone(),
+                    &common.stops,
+                    ending.clone(),
+                    tools,
+                    length,
+                    max_tokens == 0,
+                ),
+                request: Request {
+                    prompt: prompt.ids.clone(),
+                    emitted: common.resume.emitted_token_ids.clone(),
+                    sampling,
+                    end_tokens: end_tokens.clone(),
+                    max_tokens: max_tokens.max(1),
+                    ignore_end: common.ignore_end && common.stop_token_ids.is_empty(),
+                    logprobs: plan.logprobs,
+                    prompt_logprobs: plan.logprobs.filter(|_| plan.echo),
+                    grammar: plan.grammar.clone(),
+                    deadline: Some(deadline),
+                },
+            });
+        }
+    }
+    Ok(jobs)
+}
+
+fn envelope(
+    plan: Plan,
+    replica: &Replica,
+    shape: Shape,
+    choices: usize,
+    keep_alive: std::time::Duration,
+) -> Envelope {
+    let common = plan.common;
+    let (id, created) = Envelope::identity(shape, &common.resume);
+    let echo = plan.echo.then(|| {
+        let echo = |prompt: Prompt| Echo {
+            text: prompt.text.unwrap_or_else(|| replica.tokenizer.decode(&prompt.ids)),
+            ids: prompt.ids,
+        };
+        plan.prompts.into_iter().map(echo).collect()
+    });
+    Envelope {
+        shape,
+        id,
+        created,
+        model: replica.model.clone(),
+        fingerprint: replica.engine.fingerprint().to_owned(),
+        tokenizer: replica.tokenizer.clone(),
+        n: common.n,
+        choices,
+        logprobs: plan.logprobs.is_some(),
+        return_token_ids: common.return_token_ids,
+        include_usage: common.include_usage,
+        resumed: !common.resume.emitted_token_ids.is_empty(),
+        echo,
+        keep_alive,
+        seed: common.sampling.seed,
+    }
+}

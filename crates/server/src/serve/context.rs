@@ -1,0 +1,135 @@
+//! One request's own: its id, its time, and the record of how it went.
+
+use std::pin::Pin;
+use std::task::{Context as TaskContext, Poll};
+use std::time::{Duration, Instant};
+
+use axum::body::Body;
+use axum::extract::FromRequestParts;
+use axum::http::request::Parts;
+use axum::http::{HeaderMap, HeaderName, HeaderValue};
+use bytes::Bytes;
+use http_body::{Body as _, Frame, SizeHint};
+
+use super::App;
+use crate::error::{ApiError, ApiResult};
+use crate::http::connections::Busy;
+
+pub(crate) const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+const TIMEOUT: HeaderName = HeaderName::from_static("x-request-timeout-ms");
+
+/// A request's id and time.
+#[derive(Clone, Debug)]
+pub(crate) struct Context {
+    pub(crate) id: HeaderValue,
+    pub(crate) arrived: Instant,
+    pub(crate) deadline: Instant,
+}
+
+impl Context {
+    /// Takes the client's id where it is a plain one, and its timeout up to the server's.
+    pub(crate) fn new(headers: &HeaderMap, longest: Duration) -> ApiResult<Context> {
+        let plain = |id: &&HeaderValue| {
+            id.len() <= 64 && !id.is_empty() && id.as_bytes().iter().all(u8::is_ascii_graphic)
+        };
+        let id = headers.get(&REQUEST_ID).filter(plain).cloned().unwrap_or_else(fresh_id);
+        let timeout = match headers.get(&TIMEOUT) {
+            None => longest,
+            Some(value) => {
+                let ms =
+                    value.to_str().ok().and_then(|text| text.trim().parse::<u64>().ok()).filter(|ms| *ms > 0);
+                let ms = ms.ok_or_else(|| {
+                    ApiError::param(
+                        "X-Request-Timeout-Ms",
+                        "X-Request-Timeout-Ms must be a whole number of milliseconds above 0",
+                    )
+                })?;
+                Duration::from_millis(ms).min(longest)
+            }
+        };
+        let arrived = Instant::now();
+        Ok(Context { id, arrived, deadline: arrived + timeout })
+    }
+}
+
+/// An id for a request without one.
+pub(crate) fn fresh_id() -> HeaderValue {
+    HeaderValue::from_str(&format!("req-{:016x}", crate::params::random()))
+        .unwrap_or_else(|_| HeaderValue::from_static("req"))
+}
+
+impl FromRequestParts<App> for Context {
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut Parts, _: &App) -> Result<Context, ApiError> {
+        parts
+            .extensions
+            .get::<Context>()
+            .cloned()
+            .ok_or_else(|| ApiError::internal("a request without its context"))
+    }
+}
+
+/// Notes how a request went when its response is over, however it ends.
+pub(crate) struct Record {
+    pub(crate) app: App,
+    pub(crate) route: &'static str,
+    pub(crate) status: u16,
+    pub(crate) id: HeaderValue,
+    pub(crate) arrived: Instant,
+    /// Keeps the connection from being closed as idle.
+    pub(crate) _busy: Option<Busy>,
+    pub(crate) complete: bool,
+}
+
+impl Drop for Record {
+    fn drop(&mut self) {
+        let took = self.arrived.elapsed();
+        // 499, nginx's number for it: the client left before the answer was complete.
+        let status = if self.complete { self.status } else { 499 };
+        self.app.metrics.answered(self.route, status, took);
+        let id = self.id.to_str().unwrap_or_default();
+        let ms = took.as_secs_f64() * 1e3;
+        if matches!(self.route, "/health" | "/ready" | "/metrics") {
+            tracing::debug!(route = self.route, status, ms, request_id = id, "request");
+        } else {
+            tracing::info!(route = self.route, status, ms, request_id = id, "request");
+        }
+    }
+}
+
+/// A response's body with its record: the request is over when the body is.
+pub(crate) struct Recorded {
+    body: Body,
+    record: Record,
+}
+
+impl Recorded {
+    pub(crate) fn new(body: Body, mut record: Record) -> Recorded {
+        record.complete = body.is_end_stream();
+        Recorded { body, record }
+    }
+}
+
+impl http_body::Body for Recorded {
+    type Data = Bytes;
+    type Error = axum::Error;
+
+    fn poll_frame(
+        self: Pin<&mut Self>,
+        cx: &mut TaskContext<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
+        let this = self.get_mut();
+        let frame = Pin::new(&mut this.body).poll_frame(cx);
+        this.record.complete |= matches!(frame, Poll::Ready(None)) || this.body.is_end_stream();
+        frame
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
+}
