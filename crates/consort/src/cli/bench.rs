@@ -1,0 +1,29 @@
+//! `consort bench …`: measurements that a user can repeat.
+
+mod serve;
+mod statistics;
+mod stream;
+
+use anyhow::Result;
+use clap::{Args, Subcommand};
+
+/// Measure
+#[derive(Args, Debug)]
+pub(crate) struct Bench {
+    #[command(subcommand)]
+    what: What,
+}
+
+#[derive(Subcommand, Debug)]
+enum What {
+    /// A server under load: throughput, first-token and inter-token times
+    Serve(serve::ServeBench),
+}
+
+impl Bench {
+    pub(crate) fn run(self) -> Result<()> {
+        match self.what {
+            What::Serve(serve) => serve.run(),
+        }
+    }
+}

