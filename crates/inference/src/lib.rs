@@ -22,6 +22,8 @@ pub mod request;
 pub mod runner;
 pub mod sampler;
 pub mod scheduler;
+#[cfg(test)]
+mod simulation;
 mod stats;
 pub mod text;
 mod worker;

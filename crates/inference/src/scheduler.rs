@@ -596,6 +596,13 @@ impl Scheduler {
         self.preemptions
     }
 
+    /// How far the oldest sequence that isn't paused is.
+    #[cfg(test)]
+    pub(crate) fn oldest_progress(&self) -> Option<(SequenceId, usize, usize)> {
+        let (id, sequence) = self.sequences.iter().find(|(_, sequence)| sequence.paused_since.is_none())?;
+        Some((*id, sequence.computed, sequence.arrival.tokens.len()))
+    }
+
     /// Checks every invariant.
     ///
     /// # Panics

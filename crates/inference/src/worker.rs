@@ -89,6 +89,11 @@ impl<R: Runner> Core<R> {
         }
     }
 
+    #[cfg(test)]
+    pub(crate) fn scheduler(&self) -> &Scheduler {
+        &self.scheduler
+    }
+
     pub(crate) fn accept(&mut self, command: Command) {
         match command {
             Command::Submit(job) => {

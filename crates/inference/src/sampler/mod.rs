@@ -17,8 +17,8 @@
 //! 9. *Noise*: the token with the largest x + Gumbel(seed, position, token) is picked ([`noise`]): a draw from
 //!    the distribution that is left.
 //!
-//! Every tie goes to the lowest id. A NaN is banned, +∞ counts as the largest finite number. The prompt's and the
-//! answer's tokens count the same when they were emitted by another replica, and the position is the index in the
+//! Every tie goes to the lowest id. A NaN is banned; under a temperature +∞ counts as the largest finite number. The
+//! prompt's and the answer's tokens count the same when they were emitted by another replica, and the position is the index in the
 //! answer, so a resumed answer goes on exactly.
 //!
 //! Only additions, multiplications, comparisons and software logarithms (`libm`) are used, so the same logits give
