@@ -32,7 +32,7 @@ const MAX_PROMPT_BYTES: u64 = 64 << 20;
 pub(crate) struct Run {
     /// A name from `consort models`, hf:org/repo[/file], a .gguf file or a Hugging Face folder
     model: String,
-    /// What to answer; where text comes on standard input too, it follows the prompt
+    /// What to answer [default: standard input, where something is piped in]
     prompt: Option<String>,
     /// How the model should behave
     #[arg(long, value_name = "TEXT")]
@@ -82,42 +82,44 @@ impl Run {
         }
     }
 
-    /// The argument, then standard input where something is piped there; nothing on a terminal without an argument.
+    /// The argument, else what is piped in; nothing on a terminal without an argument. Beside an argument standard
+    /// input is left alone: a parent that never closes its end would hold the answer up for ever.
     fn whole_prompt(&self) -> Result<Option<String>> {
         let mut stdin = std::io::stdin();
-        if stdin.is_terminal() || (self.prompt.is_some() && !readable_now(&stdin)) {
-            if self.prompt.is_none() && self.json {
-                return Err(
-                    UsageError("--json needs a prompt, as an argument or on standard input".into()).into()
-                );
-            }
-            return Ok(self.prompt.clone());
-        }
-        let mut bytes = Vec::new();
-        (&mut stdin)
-            .take(MAX_PROMPT_BYTES + 1)
-            .read_to_end(&mut bytes)
-            .context("can't read standard input")?;
-        if bytes.len() as u64 > MAX_PROMPT_BYTES {
-            return Err(
-                UsageError("standard input holds more than 64 MB; no model takes that much".into()).into()
-            );
-        }
-        let piped =
-            String::from_utf8(bytes).map_err(|_| UsageError("standard input is not UTF-8 text".into()))?;
-        let piped = piped.trim_end_matches(['\n', '\r']);
         let prompt = match &self.prompt {
-            Some(prompt) if piped.is_empty() => prompt.clone(),
-            Some(prompt) => format!("{prompt}\n\n{piped}"),
-            None => piped.to_string(),
+            Some(prompt) => prompt.clone(),
+            None if stdin.is_terminal() => {
+                if self.json {
+                    return Err(UsageError(
+                        "--json needs a prompt, as an argument or on standard input".into(),
+                    )
+                    .into());
+                }
+                return Ok(None);
+            }
+            None => {
+                let mut bytes = Vec::new();
+                (&mut stdin)
+                    .take(MAX_PROMPT_BYTES + 1)
+                    .read_to_end(&mut bytes)
+                    .context("can't read standard input")?;
+                if bytes.len() as u64 > MAX_PROMPT_BYTES {
+                    return Err(UsageError(
+                        "standard input holds more than 64 MB; no model takes that much".into(),
+                    )
+                    .into());
+                }
+                String::from_utf8(bytes).map_err(|_| UsageError("standard input is not UTF-8 text".into()))?
+            }
         };
+        let prompt = prompt.trim_end_matches(['\n', '\r']);
         if prompt.is_empty() {
             return Err(UsageError(
                 "the prompt is empty: give one as an argument or on standard input".into(),
             )
             .into());
         }
-        Ok(Some(prompt))
+        Ok(Some(prompt.to_string()))
     }
 
     fn once(&self, session: &mut Session, prompt: &str, started: Instant, name: &str) -> Result<()> {
@@ -143,19 +145,6 @@ impl Run {
         }
         Ok(())
     }
-}
-
-/// Whether standard input is worth reading beside a prompt: a pipe or a file, but not a terminal, a closed one, or what
-/// a service manager hands its children (a socket, /dev/null).
-#[cfg(unix)]
-fn readable_now(_: &std::io::Stdin) -> bool {
-    use std::os::unix::fs::FileTypeExt;
-    std::fs::metadata("/dev/stdin").is_ok_and(|m| m.file_type().is_fifo() || m.file_type().is_file())
-}
-
-#[cfg(not(unix))]
-fn readable_now(_: &std::io::Stdin) -> bool {
-    false
 }
 
 /// A number between two others.

@@ -195,7 +195,9 @@ impl Summary {
         let (path, body) = if chat {
             (
                 "chat/completions",
-                format!(r#"{{"model":{model},"messages":[{{"role":"user","content":"Say hello."}}]}}"#),
+                format!(
+                    r#"{{"model":{model},"messages":[{{"role":"user","content":"Say hello."}}],"max_tokens":64}}"#
+                ),
             )
         } else {
             ("completions", format!(r#"{{"model":{model},"prompt":"Once upon a time","max_tokens":32}}"#))
