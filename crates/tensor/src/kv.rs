@@ -165,14 +165,14 @@ impl Store<'_> {
         let dims = LANES.min(head_dim - dim);
         let stride = self.shape.kv_heads * head_dim;
         let mut halves = [[0; LANES]; BLOCK_TOKENS];
-        for r in 0..rows {
-            halves[r] = halve(l, &self.v[from + r * stride..][..dims]);
+        for (r, row) in halves.iter_mut().enumerate().take(rows) {
+            *row = halve(l, &self.v[from + r * stride..][..dims]);
             let to = page + self.shape.page() + (token + r) * head_dim + dim;
             // SAFETY: in this head's tile of dimensions, which one worker has; no other part lives.
-            unsafe { self.halves.part(to..to + dims) }.copy_from_slice(&halves[r][..dims]);
+            unsafe { self.halves.part(to..to + dims) }.copy_from_slice(&row[..dims]);
         }
-        for r in 0..rows {
-            halves[r] = halve(l, &self.k[from + r * stride..][..dims]);
+        for (r, row) in halves.iter_mut().enumerate().take(rows) {
+            *row = halve(l, &self.k[from + r * stride..][..dims]);
         }
         let to = page + dim * BLOCK_TOKENS;
         // SAFETY: as above.

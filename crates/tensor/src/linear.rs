@@ -18,8 +18,11 @@ use crate::{Cpu, DType, Family, Pool};
 use tile::{Kernel, Sums, TILE, Tile};
 
 #[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
 mod avx512;
 mod inputs;
+mod quantize;
 mod scalar;
 mod tile;
 
@@ -283,6 +286,8 @@ fn kernel(family: Family, dtype: DType, rows: usize) -> Kernel {
     match family {
         #[cfg(target_arch = "x86_64")]
         Family::Avx512 => avx512::kernel(dtype, rows),
+        #[cfg(target_arch = "x86_64")]
+        Family::Avx2 => avx2::kernel(dtype),
         _ => scalar::kernel(dtype),
     }
 }

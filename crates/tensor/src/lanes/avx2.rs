@@ -44,6 +44,13 @@ fn power(n: __m256i) -> __m256 {
     _mm256_castsi256_ps(_mm256_slli_epi32::<23>(_mm256_add_epi32(n, _mm256_set1_epi32(127))))
 }
 
+/// The bits of `a` that are also in `bits`.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn and(a: __m256, bits: __m256i) -> __m256i {
+    _mm256_and_si256(_mm256_castps_si256(a), bits)
+}
+
 impl Lanes for Avx2 {
     type V = Pair;
 
@@ -138,6 +145,31 @@ impl Lanes for Avx2 {
         };
         where_less(a, b, yes, no) = _mm256_blendv_ps(no, yes, _mm256_cmp_ps::<_CMP_LT_OQ>(a, b));
         nan_to_zero(a) = _mm256_and_ps(a, _mm256_cmp_ps::<_CMP_ORD_Q>(a, a));
+    }
+
+    #[inline(always)]
+    fn largest_magnitude(self, a: Pair, b: Pair) -> f32 {
+        let mut most = [0u32; 8];
+        // SAFETY: `self` proves the instructions; there is room for 8 values.
+        unsafe {
+            let bits = _mm256_set1_epi32(i32::MAX);
+            let low = _mm256_max_epu32(and(a.0, bits), and(a.1, bits));
+            let high = _mm256_max_epu32(and(b.0, bits), and(b.1, bits));
+            _mm256_storeu_si256(most.as_mut_ptr().cast(), _mm256_max_epu32(low, high));
+        }
+        f32::from_bits(most.into_iter().fold(0, u32::max))
+    }
+
+    #[inline(always)]
+    fn store_bytes(self, a: Pair, out: &mut [i8]) {
+        let out = &mut out[..LANES];
+        // SAFETY: `self` proves the instructions; there is room for 16 bytes. Packing works in each half of 128 bits.
+        unsafe {
+            let words = _mm256_packs_epi32(_mm256_cvtps_epi32(a.0), _mm256_cvtps_epi32(a.1));
+            let words = _mm256_permute4x64_epi64::<0b11_01_10_00>(words);
+            let bytes = _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256::<1>(words));
+            _mm_storeu_si128(out.as_mut_ptr().cast(), bytes);
+        }
     }
 
     #[inline(always)]

@@ -119,6 +119,24 @@ impl Lanes for Avx512 {
     }
 
     #[inline(always)]
+    fn largest_magnitude(self, a: __m512, b: __m512) -> f32 {
+        // SAFETY: `self` proves the instructions; registers only.
+        unsafe {
+            let sign = _mm512_set1_epi32(i32::MIN);
+            let a = _mm512_andnot_si512(sign, _mm512_castps_si512(a));
+            let b = _mm512_andnot_si512(sign, _mm512_castps_si512(b));
+            f32::from_bits(_mm512_reduce_max_epi32(_mm512_max_epi32(a, b)) as u32)
+        }
+    }
+
+    #[inline(always)]
+    fn store_bytes(self, a: __m512, out: &mut [i8]) {
+        let out = &mut out[..LANES];
+        // SAFETY: `self` proves the instructions; there is room for 16 bytes.
+        unsafe { _mm_storeu_si128(out.as_mut_ptr().cast(), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(a))) }
+    }
+
+    #[inline(always)]
     fn array(self, a: __m512) -> [f32; LANES] {
         let mut out = [0.0; LANES];
         self.store(a, &mut out);

@@ -70,6 +70,10 @@ pub(crate) trait Lanes: Copy {
     fn where_less(self, a: Self::V, b: Self::V, yes: Self::V, no: Self::V) -> Self::V;
     /// `a`, with 0 in place of NaN.
     fn nan_to_zero(self, a: Self::V) -> Self::V;
+    /// The largest magnitude of both; an infinity is above all numbers, a NaN above it.
+    fn largest_magnitude(self, a: Self::V, b: Self::V) -> f32;
+    /// Whole numbers in −128..=127 as bytes into the first [`LANES`] places of `out`.
+    fn store_bytes(self, a: Self::V, out: &mut [i8]);
     /// The lanes as an array.
     fn array(self, a: Self::V) -> [f32; LANES];
 

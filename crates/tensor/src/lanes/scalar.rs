@@ -131,6 +131,19 @@ impl Lanes for Scalar {
     }
 
     #[inline(always)]
+    fn largest_magnitude(self, a: Self::V, b: Self::V) -> f32 {
+        // As bits, magnitudes are in the order wanted.
+        f32::from_bits(a.iter().chain(&b).fold(0, |most, x| most.max(x.to_bits() & 0x7fff_ffff)))
+    }
+
+    #[inline(always)]
+    fn store_bytes(self, a: Self::V, out: &mut [i8]) {
+        for (out, a) in out[..LANES].iter_mut().zip(a) {
+            *out = a as i8;
+        }
+    }
+
+    #[inline(always)]
     fn array(self, a: Self::V) -> [f32; LANES] {
         a
     }

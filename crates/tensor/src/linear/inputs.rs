@@ -1,11 +1,13 @@
 //! Input rows turned into what the weights want, once, however many matrices read them.
 
+use super::quantize::Quantize;
 use super::tile::{BLOCK_WORDS, HALF_WORDS, Tiles};
-use crate::Pool;
+use crate::lanes;
 use crate::matrix::InputKind;
 use crate::matrix::panel::BLOCK;
 use crate::norm::rms_norm;
 use crate::pool::Disjoint;
+use crate::{Cpu, Pool};
 
 /// Below this many values one thread prepares faster than two meet.
 const ALONE: usize = 4096;
@@ -62,7 +64,7 @@ impl Inputs {
             let part = |per_row: usize| first * per_row..(first + count) * per_row;
             // SAFETY: tiles are disjoint ranges of rows, and each is prepared once.
             let (words, halves) = unsafe { (words.part(part(row_words)), halves.part(part(row_halves))) };
-            prepare_tile(&x[part(cols)], cols, kind, words, halves);
+            prepare_tile(pool.cpu(), &x[part(cols)], cols, kind, words, halves);
         };
         if x.len() <= ALONE {
             (0..tiles.count).for_each(one);
@@ -105,8 +107,11 @@ fn row_words(kind: InputKind, cols: usize) -> (usize, usize) {
     }
 }
 
-fn prepare_tile(x: &[f32], cols: usize, kind: InputKind, words: &mut [u32], halves: &mut [u32]) {
+fn prepare_tile(cpu: Cpu, x: &[f32], cols: usize, kind: InputKind, words: &mut [u32], halves: &mut [u32]) {
     let rows = x.len() / cols;
+    if kind == InputKind::Int8 {
+        return lanes::dispatch(cpu, Quantize { x, cols, words, halves });
+    }
     for (row, x) in x.chunks_exact(cols).enumerate() {
         match kind {
             InputKind::F32 => {
@@ -114,17 +119,9 @@ fn prepare_tile(x: &[f32], cols: usize, kind: InputKind, words: &mut [u32], halv
                     *to = x.to_bits();
                 }
             }
-            InputKind::Bf16 => {
+            _ => {
                 for (pair, to) in x.chunks(2).zip(words[row..].iter_mut().step_by(rows)) {
                     *to = to_bf16(pair[0]) | pair.get(1).map_or(0, |&x| to_bf16(x) << 16);
-                }
-            }
-            InputKind::Int8 => {
-                let blocks = words
-                    .chunks_exact_mut(BLOCK_WORDS * rows)
-                    .zip(halves.chunks_exact_mut(HALF_WORDS * rows));
-                for (x, (words, halves)) in x.chunks_exact(BLOCK).zip(blocks) {
-                    prepare_block(x, row, rows, words, halves);
                 }
             }
         }
@@ -139,42 +136,4 @@ fn to_bf16(x: f32) -> u32 {
         return bits >> 16 | 0x40;
     }
     (bits + 0x7fff + (bits >> 16 & 1)) >> 16
-}
-
-/// Writes one row's block at its place among `rows`.
-fn prepare_block(x: &[f32], row: usize, rows: usize, words: &mut [u32], halves: &mut [u32]) {
-    let mut codes = [0i8; BLOCK];
-    let scale = quantize(x, &mut codes);
-    for (group, codes) in codes.chunks_exact(4).enumerate() {
-        words[group * rows + row] =
-            u32::from_le_bytes([codes[0], codes[1], codes[2], codes[3]].map(|c| c as u8));
-    }
-    let sum = |codes: &[i8]| codes.iter().map(|&code| i32::from(code)).sum::<i32>();
-    let (first, second) = (sum(&codes[..BLOCK / 2]), sum(&codes[BLOCK / 2..]));
-    words[8 * rows + row] = scale.to_bits();
-    words[9 * rows + row] = (scale * (first + second) as f32).to_bits();
-    words[10 * rows + row] = -(first + second) as u32;
-    halves[row] = -first as u32;
-    halves[rows + row] = -second as u32;
-    halves[2 * rows + row] = (scale * first as f32).to_bits();
-    halves[3 * rows + row] = (scale * second as f32).to_bits();
-}
-
-/// The largest magnitude that counts as zero, so that its inverse is finite.
-pub(crate) const TINY: f32 = f32::from_bits(27 << 23);
-
-/// One block of activations as signed bytes, and the scale they are multiples of: the largest magnitude / 127, codes
-/// rounded to nearest even. A block with an infinity or a NaN gets a NaN scale, so that it can't pass for numbers.
-pub(crate) fn quantize(x: &[f32], codes: &mut [i8]) -> f32 {
-    // As bits, magnitudes are ordered the same and NaN is above infinity.
-    let largest = f32::from_bits(x.iter().fold(0, |max, x| (x.to_bits() & 0x7fff_ffff).max(max)));
-    if !largest.is_finite() || largest < TINY {
-        codes.fill(0);
-        return if largest.is_finite() { 0.0 } else { f32::NAN };
-    }
-    let inverse = 127.0 / largest;
-    for (code, x) in codes.iter_mut().zip(x) {
-        *code = (x * inverse).round_ties_even() as i8;
-    }
-    largest / 127.0
 }

@@ -5,7 +5,7 @@
 //! - **Quantized weights**, for each block of 32 columns in order (each half of 16 where the type scales halves):
 //!   `dot = Σ code · a − offset · Σ a`, exact in `i32`; `sum = fma(dot as f32, scale * a_scale, sum)`; and where
 //!   the type has a minimum `sum = fma(min, a_scale * (Σ a) as f32, sum)`.
-//!   `a` are the row's activations as [`quantize`](super::inputs::quantize) makes them.
+//!   `a` are the row's activations as [`quantize`](super::quantize::quantize) makes them.
 //! - **F32 and F16 weights**: `sum = fma(w, x, sum)` for each column in order.
 //! - **BF16 weights**: the same on inputs rounded to bf16. Here AVX-512 differs: its dot product of pairs is its
 //!   own ([`Numerics::ByFamily`](crate::matrix::Numerics)).

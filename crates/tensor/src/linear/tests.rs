@@ -1,7 +1,8 @@
 //! Products of every type against a plain reference, and against each other across families, batches and threads.
 
-use super::inputs::quantize;
+use super::quantize::{Block, quantize};
 use super::*;
+use crate::lanes::Scalar;
 use crate::matrix::{InputKind, Numerics};
 use crate::quant::dequantize;
 use crate::test_support::{bits, pools, uniform};
@@ -68,9 +69,8 @@ fn seen(kind: InputKind, x: &[f32], cols: usize) -> Vec<f64> {
         InputKind::Int8 => {
             let mut seen = Vec::new();
             for x in x.chunks(cols).flat_map(|row| row.chunks(32)) {
-                let mut codes = [0i8; 32];
-                let scale = quantize(x, &mut codes);
-                seen.extend(codes.map(|code| f64::from(scale) * f64::from(code)));
+                let block = quantize(Scalar, x);
+                seen.extend(block.codes.map(|code| f64::from(block.scale) * f64::from(code)));
             }
             seen
         }
@@ -277,8 +277,8 @@ fn quantized_inputs_are_the_nearest_codes() {
     let mut x: Vec<f32> = (0..32).map(|i| i as f32 - 16.0).collect();
     x[0] = 127.0;
     (x[1], x[2], x[3]) = (0.5, 1.5, -2.5);
-    let mut codes = [0; 32];
-    assert_eq!(quantize(&x, &mut codes), 1.0);
+    let Block { codes, scale, .. } = quantize(Scalar, &x);
+    assert_eq!(scale, 1.0);
     assert_eq!(codes[..4], [127, 0, 2, -2]);
     assert!((4..32).all(|i| codes[i] == i as i8 - 16));
 }
