@@ -31,8 +31,8 @@ pub enum Error {
         /// What would be.
         supported: String,
     },
-    /// The chat template failed on these messages.
-    #[error("the chat template refused the messages: {reason}")]
+    /// The chat template is wrong, or refused these messages.
+    #[error("chat template: {reason}")]
     Template {
         /// What the template said.
         reason: String,

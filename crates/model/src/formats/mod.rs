@@ -95,9 +95,10 @@ fn pickle_refused(path: &Path) -> Error {
     Error::Unsupported {
         path: path.to_path_buf(),
         what: "a PyTorch pickle, a program that runs when it is opened,".into(),
-        supported: "safetensors and GGUF (most models are published in one of them; `save_pretrained` of a recent \
+        supported:
+            "safetensors and GGUF (most models are published in one of them; `save_pretrained` of a recent \
                     transformers writes safetensors)"
-            .into(),
+                .into(),
     }
 }
 
@@ -149,7 +150,7 @@ impl Opened {
     /// # Errors
     /// [`Error::Template`] where it doesn't parse.
     pub fn chat_template(&self) -> Result<Option<ChatTemplate>, Error> {
-        todo!()
+        ChatTemplate::of(self)
     }
 
     /// Reads, hashes and packs the weights.

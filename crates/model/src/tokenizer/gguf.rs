@@ -132,7 +132,8 @@ impl Tokenizer {
         let ends = [vocab.eos, vocab.eot, vocab.eom].into_iter().flatten();
         let ends = end_tokens(&vocabulary, ends);
         let plain = |id| (id, Matching::default());
-        let specials = Spellings::new(&vocabulary, vocabulary.of_kind(TokenKind::Special).map(plain));
+        let specials = vocabulary.of_kind(TokenKind::Special).filter(|&id| is_breakable(&vocabulary, id));
+        let specials = Spellings::new(&vocabulary, specials.map(plain));
         let user_defined = Spellings::new(&vocabulary, vocabulary.of_kind(TokenKind::UserDefined).map(plain));
         Ok(Tokenizer {
             specials: specials.map_err(malformed)?,
@@ -191,6 +192,12 @@ pub(super) fn end_tokens(vocabulary: &Vocabulary, given: impl Iterator<Item = u3
     ends.sort_unstable();
     ends.dedup();
     ends
+}
+
+/// Whether a special token's spelling can be told from text that happens to be the same: a mark fits into it. One of
+/// a single character is never parsed.
+pub(super) fn is_breakable(vocabulary: &Vocabulary, id: u32) -> bool {
+    vocabulary.text(id).is_some_and(|text| text.chars().nth(1).is_some())
 }
 
 /// The byte that `<0x0A>` names.

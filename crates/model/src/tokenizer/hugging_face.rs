@@ -14,7 +14,7 @@ use tokenizers::{
     OffsetType, PreTokenizedString, PreTokenizer as _, PreTokenizerWrapper,
 };
 
-use super::gguf::{byte_token, end_tokens, push_piece};
+use super::gguf::{byte_token, end_tokens, is_breakable, push_piece};
 use super::pieces::{Matching, Spellings};
 use super::vocabulary::{TokenKind, Vocabulary};
 use super::{Encoder, Tokenizer, byte_level};
@@ -153,7 +153,8 @@ impl Tokenizer {
             let tokens = entries.iter().filter(move |e| e.added.is_some_and(|a| a.special == wanted));
             tokens.filter_map(|e| Some((e.id, e.added?.matching)))
         };
-        let specials = Spellings::new(&vocabulary, special(true)).map_err(malformed)?;
+        let breakable = special(true).filter(|&(id, _)| is_breakable(&vocabulary, id));
+        let specials = Spellings::new(&vocabulary, breakable).map_err(malformed)?;
         let user_defined = Spellings::new(&vocabulary, special(false)).map_err(malformed)?;
 
         let pipeline = pipeline(&mut file).map_err(malformed)?;

@@ -88,9 +88,9 @@ impl Tokenizer {
 
     /// As [`Specials::Parse`]; then `sentinel` is taken out of the text between special tokens. A special token's
     /// spelling with the sentinel inside is therefore text.
-    pub(crate) fn encode_guarded(&self, text: &str, sentinel: Option<char>) -> Vec<u32> {
+    pub(crate) fn encode_guarded(&self, text: &str, sentinel: char) -> Vec<u32> {
         let mut ids = Vec::with_capacity(text.len() / 4 + 4);
-        self.encode_around(text, sentinel, &mut ids);
+        self.encode_around(text, Some(sentinel), &mut ids);
         ids
     }
 
@@ -189,7 +189,8 @@ impl Tokenizer {
         decoder.push_bytes(&bytes) + &decoder.finish()
     }
 
-    /// Puts `mark` inside every special token's spelling in `text`; `None` where there is none.
+    /// Puts `mark` inside every special token's spelling in `text`, and inside the start of one at its end; `None`
+    /// where there is neither.
     pub(crate) fn break_specials(&self, text: &str, mark: char) -> Option<String> {
         self.specials.broken(text, mark)
     }
