@@ -5,16 +5,21 @@ use std::process::Command;
 
 use crate::replica::serve;
 
-/// Runs a script against a fresh replica, with the Python that `cargo xtask test` prepared.
-fn drive(script: &str, arguments: &[&str]) {
+/// Runs a script against a fresh replica.
+fn drive(script: &str) {
+    drive_with(script, &[], &[]);
+}
+
+/// Runs a script, with further arguments for the replica and for itself, on the Python that `cargo xtask test` prepared.
+fn drive_with(script: &str, replica: &[&str], arguments: &[&str]) {
     let Some(python) = std::env::var_os("CONSORT_TEST_PYTHON") else {
         println!("CONSORT_TEST_PYTHON is not set: skipped (cargo xtask test sets it)");
         return;
     };
-    let Some(replica) = serve(arguments) else { return };
+    let Some(replica) = serve(replica) else { return };
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests").join(script);
     let mut command = Command::new(python);
-    command.arg(&script).args(["--url", &format!("http://{}", replica.address)]);
+    command.arg(&script).args(["--url", &format!("http://{}", replica.address)]).args(arguments);
     if let Some(chromium) = std::env::var_os("CONSORT_TEST_CHROMIUM") {
         command.env("CHROMIUM", chromium);
     }
@@ -24,5 +29,16 @@ fn drive(script: &str, arguments: &[&str]) {
 
 #[test]
 fn the_page_works_in_a_browser() {
-    drive("page/test_page.py", &[]);
+    drive("page/test_page.py");
+}
+
+#[test]
+fn the_openai_library_gets_what_the_api_promises() {
+    drive("openai_client/test_api.py");
+}
+
+#[test]
+fn the_openai_library_needs_the_key_where_there_is_one() {
+    const KEY: &str = "a-key-for-tests";
+    drive_with("openai_client/test_api.py", &["--api-key", KEY], &["--key", KEY, "--only", "key"]);
 }

@@ -1,5 +1,6 @@
 //! One measurement of one side.
 
+use std::collections::BTreeMap;
 use std::io::Read;
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -16,8 +17,8 @@ use crate::replica::Replica;
 /// Tokens of the prompt and of the answer in the single-sequence measurements.
 pub(crate) const PROMPT: usize = 512;
 pub(crate) const GENERATE: usize = 128;
-/// The load: words a prompt (about 200 tokens) and tokens an answer.
-const WORDS: usize = 165;
+/// The load: tokens of each prompt, roughly, and of each answer.
+const QUESTION: usize = 200;
 const ANSWER: usize = 64;
 /// Requests for each stream.
 pub(crate) const ROUNDS: usize = 4;
@@ -80,8 +81,8 @@ pub(crate) struct Load {
 #[derive(Deserialize)]
 struct BenchServe {
     output_tokens_per_second: f64,
-    ttft_ms: Quantiles,
-    errors: u64,
+    first_token_ms: Option<Quantiles>,
+    errors: BTreeMap<String, usize>,
 }
 
 #[derive(Deserialize)]
@@ -113,17 +114,18 @@ pub(crate) fn theirs_load(sides: &Sides, model: &ModelFile, streams: usize, seed
     load(sides, &replica, streams, seed)
 }
 
-/// The same generator for both: each prompt is another one, greedy, exactly `ANSWER` tokens, nothing cached.
+/// The same generator for both: each prompt is another one, greedy, exactly `ANSWER` tokens. Both sides keep their
+/// prefix caches on, as they come; all prompts have the template's opening in common and nothing else.
 fn load(sides: &Sides, replica: &Replica, streams: usize, seed: usize) -> Result<Load> {
     let bench = |requests: usize, seed: usize| -> Result<BenchServe> {
         let mut command = Command::new(&sides.consort);
         command.args(["bench", "serve", "--json", "--url", &replica.url()]);
         command.args(["--concurrency", &streams.to_string(), "--requests", &requests.to_string()]);
-        command.args(["--words", &WORDS.to_string(), "--max-tokens", &ANSWER.to_string()]);
+        command.args(["--prompt-tokens", &QUESTION.to_string(), "--max-tokens", &ANSWER.to_string()]);
         command.args(["--seed", &seed.to_string()]);
         let result: BenchServe = serde_json::from_str(&output(&mut command)?)?;
-        if result.errors > 0 {
-            bail!("{} of {requests} requests to {} failed", result.errors, replica.url());
+        if !result.errors.is_empty() {
+            bail!("of {requests} requests to {} failed: {:?}", replica.url(), result.errors);
         }
         Ok(result)
     };
@@ -131,7 +133,7 @@ fn load(sides: &Sides, replica: &Replica, streams: usize, seed: usize) -> Result
     let result = bench(streams * ROUNDS, seed)?;
     Ok(Load {
         output_tokens_per_second: result.output_tokens_per_second,
-        first_token_ms: result.ttft_ms.p50,
+        first_token_ms: result.first_token_ms.context("consort bench serve saw no first token")?.p50,
         peak_mib: replica.peak_bytes()? / f64::from(1 << 20),
     })
 }
