@@ -16,6 +16,7 @@ use consort_tensor::norm::{add_rms_norm, rms_norm_in_place};
 use consort_tensor::rope::Rope;
 
 use super::batch::Batch;
+use super::parts::{Part, PartTimes};
 use super::{Attention, FeedForward, Layer, Model, Projection};
 use crate::Error;
 
@@ -44,6 +45,8 @@ pub struct Scratch {
     positions: Vec<u32>,
     /// Blocks that the batch stores into.
     writes: Vec<(u32, u32)>,
+    /// Where time went, if anyone asked.
+    times: Option<PartTimes>,
 }
 
 impl Model {
@@ -63,7 +66,9 @@ impl Model {
     ) -> Result<(), Error> {
         self.check(&batch, cache, &mut scratch.writes)?;
         scratch.place(batch.spans);
+        PartTimes::begin(&mut scratch.times);
         self.embed(pool, batch.tokens, &mut scratch.x);
+        PartTimes::end(&mut scratch.times, Part::Embed);
         for (index, layer) in self.layers.iter().enumerate() {
             self.attend(pool, index, layer, batch.spans, cache, scratch);
             self.feed_forward(pool, &layer.feed_forward, scratch);
@@ -108,7 +113,7 @@ impl Model {
         let config = &self.config;
         let weights = &layer.attention;
         self.project_queries_keys_values(pool, weights, scratch);
-        let Scratch { x, inputs, q, k, v, attended, block, positions, .. } = scratch;
+        let Scratch { x, inputs, q, k, v, attended, block, positions, times, .. } = scratch;
         if let Some((query_norm, key_norm)) = &weights.query_key_norms {
             rms_norm_in_place(pool, q, query_norm, config.norm_eps);
             rms_norm_in_place(pool, k, key_norm, config.norm_eps);
@@ -117,6 +122,7 @@ impl Model {
         rope.apply(pool, q, config.heads, config.head_dim, positions);
         rope.apply(pool, k, config.kv_heads, config.head_dim, positions);
         cache.store(pool, index, spans, k, v);
+        PartTimes::end(times, Part::RotateStore);
         resize(attended, q.len());
         let params = AttentionParams {
             heads: config.heads,
@@ -125,14 +131,25 @@ impl Model {
             softcap: config.attention_softcap,
         };
         attention(pool, params, index, cache, spans, q, attended);
+        PartTimes::end(times, Part::Attention);
         inputs.prepare(pool, attended, config.heads * config.head_dim, weights.output.weights.input_kind());
-        add_to_residual(pool, inputs, &weights.output, weights.post_norm.as_deref(), config.norm_eps, block, x);
+        PartTimes::end(times, Part::Prepare);
+        add_to_residual(
+            pool,
+            inputs,
+            &weights.output,
+            weights.post_norm.as_deref(),
+            config.norm_eps,
+            block,
+            x,
+        );
+        PartTimes::end(times, Part::Output);
     }
 
     fn project_queries_keys_values(&self, pool: &Pool, weights: &Attention, scratch: &mut Scratch) {
         let config = &self.config;
         let rows = scratch.positions.len();
-        let Scratch { x, inputs, q, k, v, .. } = scratch;
+        let Scratch { x, inputs, q, k, v, times, .. } = scratch;
         resize(q, rows * config.heads * config.head_dim);
         resize(k, rows * config.kv_heads * config.head_dim);
         resize(v, rows * config.kv_heads * config.head_dim);
@@ -141,7 +158,9 @@ impl Model {
         products.sort_by_key(|product| product.weights.input_kind() as u8);
         for group in products.chunk_by_mut(|a, b| a.weights.input_kind() == b.weights.input_kind()) {
             inputs.prepare_normed(pool, x, &weights.norm, config.norm_eps, group[0].weights.input_kind());
+            PartTimes::end(times, Part::Prepare);
             linear(pool, inputs, group);
+            PartTimes::end(times, Part::QueryKeyValue);
         }
     }
 
@@ -149,16 +168,26 @@ impl Model {
     fn feed_forward(&self, pool: &Pool, weights: &FeedForward, scratch: &mut Scratch) {
         let config = &self.config;
         let rows = scratch.positions.len();
-        let Scratch { x, inputs, inner, block, .. } = scratch;
+        let Scratch { x, inputs, inner, block, times, .. } = scratch;
         resize(inner, rows * config.ffn);
         inputs.prepare_normed(pool, x, &weights.norm, config.norm_eps, weights.gate_up.input_kind());
+        PartTimes::end(times, Part::Prepare);
         gated(pool, inputs, &weights.gate_up, config.activation, inner);
+        PartTimes::end(times, Part::GateUp);
         inputs.prepare(pool, inner, config.ffn, weights.down.input_kind());
+        PartTimes::end(times, Part::Prepare);
         add_to_residual(pool, inputs, &weights.down, weights.post_norm.as_deref(), config.norm_eps, block, x);
+        PartTimes::end(times, Part::Down);
     }
 
     /// The wanted rows' last states to logits.
-    fn project_to_vocabulary(&self, pool: &Pool, rows: &[usize], scratch: &mut Scratch, logits: &mut Vec<f32>) {
+    fn project_to_vocabulary(
+        &self,
+        pool: &Pool,
+        rows: &[usize],
+        scratch: &mut Scratch,
+        logits: &mut Vec<f32>,
+    ) {
         let config = &self.config;
         resize(logits, rows.len() * config.vocab);
         if rows.is_empty() {
@@ -175,6 +204,7 @@ impl Model {
         if let Some(cap) = config.logit_softcap {
             logits.iter_mut().for_each(|logit| *logit = cap * (*logit / cap).tanh());
         }
+        PartTimes::end(&mut scratch.times, Part::Head);
     }
 
     fn rope_of(&self, layer: usize) -> &Rope {
@@ -234,6 +264,16 @@ impl Scratch {
     /// Empty; grows to its first use and keeps its memory.
     pub fn new() -> Scratch {
         Scratch::default()
+    }
+
+    /// Starts to note where forward passes with this scratch spend their time.
+    pub fn time_parts(&mut self) {
+        self.times = Some(PartTimes::default());
+    }
+
+    /// What [`Scratch::time_parts`] started, up to now.
+    pub fn part_times(&self) -> Option<&PartTimes> {
+        self.times.as_ref()
     }
 
     /// Every row's position, from the spans.

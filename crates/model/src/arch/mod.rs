@@ -12,6 +12,7 @@ mod build;
 mod config;
 mod forward;
 mod frequencies;
+mod parts;
 
 use consort_tensor::kv::KvShape;
 use consort_tensor::matrix::{GatedMatrix, Matrix};
@@ -22,6 +23,7 @@ pub use self::config::{ModelConfig, SlidingWindow};
 pub use self::forward::Scratch;
 pub(crate) use self::frequencies::yarn_magnitude;
 pub use self::frequencies::{RopeConfig, RopeScaling};
+pub use self::parts::{Part, PartTimes};
 pub use consort_tensor::attention::Span;
 
 /// A loaded model: packed weights, ready to run. Immutable and shared.
