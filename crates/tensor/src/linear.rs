@@ -22,6 +22,8 @@ mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 mod inputs;
+#[cfg(target_arch = "aarch64")]
+mod neon;
 mod quantize;
 mod scalar;
 mod tile;
@@ -220,56 +222,61 @@ impl Job<'_> {
     }
 
     /// Turns a tile's sums into output values.
-    fn finish(&self, cpu: Cpu, unit: usize, first: usize, rows: usize, both: &mut Both) {
+    fn finish(&self, cpu: Cpu, unit: usize, first: usize, rows: usize, both: &Both) {
         let column = unit * LANES;
-        let lanes = LANES.min(self.rows - column);
-        if let Finish::Gate { activation, .. } = self.finish {
-            let (gate, up) = (&mut both.sums.0[..rows], &both.up.0[..rows]);
-            lanes::dispatch(cpu, Gate { activation, gate, up });
-        }
-        for (row, sums) in both.sums.0[..rows].iter().enumerate() {
-            let at = (first + row) * self.rows + column;
-            // SAFETY: a unit's columns of a tile's rows are written by the one worker that has both.
-            let out = unsafe { self.out.part(at..at + lanes) };
-            let Finish::Add { bias, accumulate } = self.finish else {
-                out.copy_from_slice(&sums[..lanes]);
-                continue;
-            };
-            let bias = bias.map(|bias| &bias[column..column + lanes]);
-            // Sixteen at once where it is a whole panel, so that the compiler sees the length.
-            if let Ok(out) = <&mut [f32; LANES]>::try_from(&mut *out) {
-                add(sums, bias, accumulate, out);
-            } else {
-                add(&sums[..lanes], bias, accumulate, out);
-            }
-        }
+        let store = Store {
+            job: self,
+            sums: &both.sums.0[..rows],
+            up: &both.up.0[..rows],
+            first: first * self.rows + column,
+            column,
+            lanes: LANES.min(self.rows - column),
+        };
+        lanes::dispatch(cpu, store);
     }
 }
 
-/// `out = sums (+ bias) (+ out)`, in this order.
-#[inline(always)]
-fn add(sums: &[f32], bias: Option<&[f32]>, accumulate: bool, out: &mut [f32]) {
-    for (lane, (out, &sum)) in out.iter_mut().zip(sums).enumerate() {
-        let sum = bias.map_or(sum, |bias| sum + bias[lane]);
-        *out = if accumulate { sum + *out } else { sum };
-    }
-}
-
-/// `gate = activation(gate) * up`.
-struct Gate<'a> {
-    activation: Activation,
-    gate: &'a mut [[f32; LANES]],
+/// What follows the sums of a tile: activation, bias, residual; then they are written.
+struct Store<'a, 'j> {
+    job: &'a Job<'j>,
+    sums: &'a [[f32; LANES]],
     up: &'a [[f32; LANES]],
+    /// Where the first row's values go in the output.
+    first: usize,
+    /// Output feature of the first lane, and features from it on.
+    column: usize,
+    lanes: usize,
 }
 
-impl lanes::Kernel for Gate<'_> {
+impl lanes::Kernel for Store<'_, '_> {
     type Output = ();
 
     #[inline(always)]
     fn call<L: Lanes>(self, l: L) {
-        for (gate, up) in self.gate.iter_mut().zip(self.up) {
-            let activated = self.activation.apply_lanes(l, l.load(gate));
-            l.store(l.mul(activated, l.load(up)), gate);
+        let Store { job, sums, up, lanes, .. } = self;
+        let whole = lanes == LANES;
+        let load = |x: &[f32]| if whole { l.load(x) } else { l.load_first(x, lanes) };
+        for (row, (sums, up)) in sums.iter().zip(up).enumerate() {
+            let at = self.first + row * job.rows;
+            // SAFETY: a unit's columns of a tile's rows are written by the one worker that has both.
+            let out = unsafe { job.out.part(at..at + lanes) };
+            let mut y = l.load(sums);
+            match job.finish {
+                Finish::Gate { activation, .. } => y = l.mul(activation.apply_lanes(l, y), l.load(up)),
+                Finish::Add { bias, accumulate } => {
+                    if let Some(bias) = bias {
+                        y = l.add(y, load(&bias[self.column..]));
+                    }
+                    if accumulate {
+                        y = l.add(y, load(out));
+                    }
+                }
+            }
+            if whole {
+                l.store(y, out);
+            } else {
+                l.store_first(y, out, lanes);
+            }
         }
     }
 }
@@ -288,6 +295,8 @@ fn kernel(family: Family, dtype: DType, rows: usize) -> Kernel {
         Family::Avx512 => avx512::kernel(dtype, rows),
         #[cfg(target_arch = "x86_64")]
         Family::Avx2 => avx2::kernel(dtype),
+        #[cfg(target_arch = "aarch64")]
+        Family::Neon => neon::kernel(dtype),
         _ => scalar::kernel(dtype),
     }
 }

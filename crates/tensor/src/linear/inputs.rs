@@ -108,32 +108,58 @@ fn row_words(kind: InputKind, cols: usize) -> (usize, usize) {
 }
 
 fn prepare_tile(cpu: Cpu, x: &[f32], cols: usize, kind: InputKind, words: &mut [u32], halves: &mut [u32]) {
-    let rows = x.len() / cols;
-    if kind == InputKind::Int8 {
-        return lanes::dispatch(cpu, Quantize { x, cols, words, halves });
-    }
-    for (row, x) in x.chunks_exact(cols).enumerate() {
-        match kind {
-            InputKind::F32 => {
+    match kind {
+        InputKind::Int8 => lanes::dispatch(cpu, Quantize { x, cols, words, halves }),
+        InputKind::Bf16 => lanes::dispatch(cpu, Pairs { x, cols, words }),
+        InputKind::F32 => {
+            let rows = x.len() / cols;
+            for (row, x) in x.chunks_exact(cols).enumerate() {
                 for (x, to) in x.iter().zip(words[row..].iter_mut().step_by(rows)) {
                     *to = x.to_bits();
-                }
-            }
-            _ => {
-                for (pair, to) in x.chunks(2).zip(words[row..].iter_mut().step_by(rows)) {
-                    *to = to_bf16(pair[0]) | pair.get(1).map_or(0, |&x| to_bf16(x) << 16);
                 }
             }
         }
     }
 }
 
-/// Rounds to nearest even; the bits in the low half. NaN stays NaN.
-#[inline]
-fn to_bf16(x: f32) -> u32 {
-    let bits = x.to_bits();
-    if x.is_nan() {
-        return bits >> 16 | 0x40;
+/// The rows of one tile as pairs of bf16: integer arithmetic, which the compiler puts into vectors for each family.
+struct Pairs<'a> {
+    x: &'a [f32],
+    cols: usize,
+    words: &'a mut [u32],
+}
+
+impl lanes::Kernel for Pairs<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn call<L: lanes::Lanes>(self, _: L) {
+        let rows = self.x.len() / self.cols;
+        for (row, x) in self.x.chunks_exact(self.cols).enumerate() {
+            let mut words = self.words[row..].iter_mut().step_by(rows);
+            let (blocks, rest) = x.as_chunks::<BLOCK>();
+            for x in blocks {
+                let pairs: [u32; BLOCK / 2] = std::array::from_fn(|i| bf16_pair(x[2 * i], x[2 * i + 1]));
+                for pair in pairs {
+                    if let Some(word) = words.next() {
+                        *word = pair;
+                    }
+                }
+            }
+            for (pair, word) in rest.chunks(2).zip(words) {
+                *word = bf16_pair(pair[0], pair.get(1).copied().unwrap_or(0.0));
+            }
+        }
     }
-    (bits + 0x7fff + (bits >> 16 & 1)) >> 16
+}
+
+/// Two values rounded to nearest even, the first in the low half. NaN stays NaN.
+#[inline(always)]
+fn bf16_pair(low: f32, high: f32) -> u32 {
+    let round = |x: f32| {
+        let bits = x.to_bits();
+        let nearest = bits.wrapping_add(0x7fff + (bits >> 16 & 1));
+        if x.is_nan() { bits | 0x0040_0000 } else { nearest }
+    };
+    round(low) >> 16 | round(high) & 0xffff_0000
 }
