@@ -14,15 +14,19 @@ use consort_tensor::kv::{BLOCK_TOKENS, BlockId, KvCache};
 use consort_tensor::{Cpu, Pool};
 use serde_json::Value;
 
-/// llama.cpp rounds activations to 8 bits in every product, block by block, and so do we, each in its own way;
-/// log-probabilities of its ten likeliest tokens then differ by about this at most.
-const LOGPROB_TOLERANCE: f32 = 0.6;
-/// The same on average over all of them.
-const MEAN_LOGPROB_TOLERANCE: f32 = 0.06;
-/// Where our likeliest token is another one than llama.cpp's, its own record puts the two this close.
+/// llama.cpp rounds activations to 8 bits in every product with quantized weights, and so do we, each in its own way.
+/// The record therefore also has what the same weights say without that rounding, and this is the test: on average we
+/// are as near to it as llama.cpp is, but for this factor.
+const AS_NEAR: f64 = 1.1;
+/// No log-probability of llama.cpp's ten likeliest tokens is further from the unrounded one than this. (llama.cpp's
+/// own furthest are 0.9 and 1.1 for the two models.)
+const FURTHEST: f32 = 1.5;
+/// Where our likeliest token is another one than llama.cpp's, the unrounded weights prefer theirs by no more than
+/// this (or prefer ours).
 const NEAR_TIE: f32 = 0.25;
-/// Of all recorded tokens, at most this share may be such near-ties.
-const NEAR_TIE_SHARE: f64 = 0.02;
+/// Of all recorded tokens, at most this share may be such near-ties. llama.cpp's own share against the unrounded
+/// weights is 0.026 on both models, so two that round independently may differ twice as often.
+const NEAR_TIE_SHARE: f64 = 0.04;
 /// Relative difference of the perplexities.
 const PERPLEXITY_TOLERANCE: f64 = 0.005;
 
@@ -108,67 +112,110 @@ fn our_ids(loaded: &Loaded, prompt: &Value) -> Option<Vec<u32>> {
     Some(ids)
 }
 
+/// Token ids and their log-probabilities, likeliest first.
+type Likeliest = Vec<(u32, f32)>;
+
+fn steps(value: &Value) -> Vec<Likeliest> {
+    let pair = |p: &Value| (p[0].as_u64().unwrap() as u32, p[1].as_f64().unwrap() as f32);
+    let step = |step: &Value| step.as_array().unwrap().iter().map(pair).collect();
+    value.as_array().unwrap().iter().map(step).collect()
+}
+
+fn find(likeliest: &Likeliest, id: u32) -> Option<f32> {
+    likeliest.iter().find(|(other, _)| *other == id).map(|(_, logprob)| *logprob)
+}
+
+#[derive(Default)]
+struct Findings {
+    steps: usize,
+    near_ties: Vec<String>,
+    wrong: Vec<String>,
+    /// Log-probabilities compared, and how far from the unrounded ones ours and theirs were in all.
+    compared: usize,
+    ours: f64,
+    theirs: f64,
+    furthest: f32,
+}
+
+impl Findings {
+    /// One step: our log-probabilities of the whole vocabulary, llama.cpp's ten likeliest, and the unrounded ones.
+    fn see(
+        &mut self,
+        tokenizer: &Tokenizer,
+        place: &str,
+        ours: &[f32],
+        theirs: &Likeliest,
+        exact: &Likeliest,
+    ) {
+        self.steps += 1;
+        let likeliest = (0..ours.len()).max_by(|&a, &b| ours[a].total_cmp(&ours[b])).unwrap() as u32;
+        let expected = theirs[0].0;
+        if likeliest != expected {
+            let gap = find(exact, expected).zip(find(exact, likeliest)).map(|(theirs, ours)| theirs - ours);
+            let line = format!(
+                "{place}: we say {:?}, llama.cpp {:?}; unrounded weights prefer the latter by {}",
+                tokenizer.token_text(likeliest).unwrap_or_default(),
+                tokenizer.token_text(expected).unwrap_or_default(),
+                gap.map_or("an unknown amount".to_owned(), |gap| format!("{gap:.3}")),
+            );
+            if gap.is_some_and(|gap| gap < NEAR_TIE) {
+                self.near_ties.push(line)
+            } else {
+                self.wrong.push(line)
+            }
+        }
+        for (id, theirs) in theirs {
+            let Some(exact) = find(exact, *id) else { continue };
+            let difference = (ours[*id as usize] - exact).abs();
+            self.compared += 1;
+            self.ours += f64::from(difference);
+            self.theirs += f64::from((theirs - exact).abs());
+            self.furthest = self.furthest.max(difference);
+        }
+    }
+}
+
 fn answers_agree(loaded: &Loaded) {
     let prompts: Value = serde_json::from_slice(&fs::read(golden().join("prompts.json")).unwrap()).unwrap();
     let recorded = loaded.record["prompts"].as_array().unwrap();
     assert_eq!(recorded.len(), 20);
-    let (mut steps_seen, mut ties, mut wrong) = (0_usize, Vec::new(), Vec::new());
-    let (mut differences, mut total, mut worst) = (0_usize, 0.0_f64, 0.0_f32);
+    let mut found = Findings::default();
     for (prompt, recorded) in prompts.as_array().unwrap().iter().zip(recorded) {
         let name = recorded["name"].as_str().unwrap();
         assert_eq!(prompt["name"], recorded["name"]);
-        let prompt_ids = ids(&recorded["ids"]);
+        let mut tokens = ids(&recorded["ids"]);
         if let Some(ours) = our_ids(loaded, prompt) {
-            assert_eq!(ours, prompt_ids, "{name}: token ids of the prompt");
+            assert_eq!(ours, tokens, "{name}: token ids of the prompt");
         }
-        let steps: Vec<Vec<(u32, Option<f32>)>> = recorded["steps"]
-            .as_array()
-            .unwrap()
-            .iter()
-            .map(|step| {
-                let pair = |p: &Value| (p[0].as_u64().unwrap() as u32, p[1].as_f64().map(|l| l as f32));
-                step.as_array().unwrap().iter().map(pair).collect()
-            })
-            .collect();
-        let first = prompt_ids.len() - 1;
-        let mut tokens = prompt_ids;
-        tokens.extend(steps[..steps.len() - 1].iter().map(|step| step[0].0));
+        let (theirs, exact) = (steps(&recorded["steps"]), steps(&recorded["exact"]));
+        let first = tokens.len() - 1;
+        tokens.extend(theirs[..theirs.len() - 1].iter().map(|step| step[0].0));
         loaded.logprobs(&tokens, first, |at, ours| {
-            let (step, theirs) = (at - first, &steps[at - first]);
-            steps_seen += 1;
-            let likeliest = (0..ours.len()).max_by(|&a, &b| ours[a].total_cmp(&ours[b])).unwrap() as u32;
-            if likeliest != theirs[0].0 {
-                let recorded = theirs.iter().find(|(id, _)| *id == likeliest).and_then(|(_, l)| *l);
-                let gap = recorded.zip(theirs[0].1).map(|(second, first)| first - second);
-                let line = format!(
-                    "{name}, token {step}: we say {likeliest} {:?}, llama.cpp {} {:?}, which it prefers by {gap:?}",
-                    loaded.tokenizer.token_text(likeliest),
-                    theirs[0].0,
-                    loaded.tokenizer.token_text(theirs[0].0),
-                );
-                if gap.is_some_and(|gap| gap < NEAR_TIE) { ties.push(line) } else { wrong.push(line) }
-            }
-            for (id, logprob) in theirs.iter().filter_map(|(id, l)| l.map(|l| (*id, l))) {
-                let difference = (ours[id as usize] - logprob).abs();
-                differences += 1;
-                total += f64::from(difference);
-                if difference > worst {
-                    worst = difference;
-                }
-            }
+            let step = at - first;
+            found.see(&loaded.tokenizer, &format!("{name}, token {step}"), ours, &theirs[step], &exact[step]);
         });
     }
-    let mean = total / differences as f64;
+    let (ours, theirs) = (found.ours / found.compared as f64, found.theirs / found.compared as f64);
     println!(
-        "{}: {steps_seen} tokens, {} near-ties; {differences} log-probabilities, mean difference {mean:.4}, largest {worst:.3}",
+        "{}: {} tokens, {} near-ties; {} log-probabilities, from the unrounded ones {ours:.4} on average (llama.cpp {theirs:.4}), at most {:.3}",
         loaded.record["model"]["file"],
-        ties.len()
+        found.steps,
+        found.near_ties.len(),
+        found.compared,
+        found.furthest,
     );
-    ties.iter().for_each(|line| println!("  near-tie: {line}"));
-    assert!(wrong.is_empty(), "other tokens than llama.cpp's:\n{}", wrong.join("\n"));
-    assert!(ties.len() as f64 <= NEAR_TIE_SHARE * steps_seen as f64, "too many near-ties: {}", ties.len());
-    assert!(worst <= LOGPROB_TOLERANCE, "largest difference {worst}");
-    assert!(mean <= f64::from(MEAN_LOGPROB_TOLERANCE), "mean difference {mean}");
+    found.near_ties.iter().for_each(|line| println!("  near-tie: {line}"));
+    assert!(found.wrong.is_empty(), "other tokens than llama.cpp's:\n{}", found.wrong.join("\n"));
+    assert!(
+        found.near_ties.len() as f64 <= NEAR_TIE_SHARE * found.steps as f64,
+        "{} near-ties",
+        found.near_ties.len()
+    );
+    assert!(found.furthest <= FURTHEST, "furthest log-probability: {}", found.furthest);
+    assert!(
+        ours <= AS_NEAR * theirs,
+        "our rounding moves log-probabilities by {ours}, llama.cpp's by {theirs}"
+    );
 }
 
 /// Perplexity as llama-perplexity defines it: the text in chunks of `context` tokens, each starting with the

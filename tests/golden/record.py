@@ -3,15 +3,19 @@
 
     tests/golden/record.py --llama BUILD/bin --model FILE.gguf --context 512 --out tests/golden/NAME.json
 
-Gemma 3 270M is a base model without a chat template in its file: add --template gemma for that one.
-
 For each prompt of prompts.json: its token ids, then up to 32 greedy tokens, each with the ten likeliest tokens and
-their log-probabilities. Then the perplexity of text.txt over chunks of --context tokens, as llama-perplexity
-defines it. The key and value cache is f32, flash attention and weight repacking are off: this is as near as
-llama.cpp comes to exact arithmetic on the quantized weights, so that a difference is ours to explain. It still rounds
-activations to 8 bits in every product, which is where the tolerances in tests/golden.rs come from.
+their log-probabilities (`steps`). llama.cpp rounds activations to 8 bits in every product with quantized weights, and
+so does Consort, each in its own way; that alone moves log-probabilities by a tenth. So the same weights are also run
+unrounded: the file is widened to F32 and asked about the same tokens (`exact`: its ten likeliest, and those of the
+step). The test can then ask who is nearer to the truth instead of allowing any difference of that size.
 
-Needs Python 3.9 and a llama.cpp build with llama-server and llama-perplexity; nothing else.
+Then the perplexity of text.txt over chunks of --context tokens, as llama-perplexity defines it.
+
+The key and value cache is f32, flash attention and weight repacking are off: as near as llama.cpp comes to exact
+arithmetic. Gemma 3 270M is a base model without a chat template in its file: add --template gemma for that one.
+
+Needs Python 3.9 and a llama.cpp build with llama-server, llama-perplexity and llama-quantize; nothing else. Takes a
+few minutes and four bytes of temporary disk a weight.
 """
 
 import argparse
@@ -30,6 +34,8 @@ import urllib.request
 HERE = pathlib.Path(__file__).resolve().parent
 TOKENS = 32
 TOP = 10
+# Asked of the unrounded weights, so that a step's ten are found among them.
+WIDE = 100
 EXACT = ["--flash-attn", "off", "--cache-type-k", "f32", "--cache-type-v", "f32", "--no-repack"]
 
 
@@ -52,11 +58,17 @@ class Server:
         while True:
             try:
                 urllib.request.urlopen(self.url + "/health", timeout=5)
-                return
+                break
             except (urllib.error.URLError, OSError):
                 if self.process.poll() is not None or time.monotonic() > deadline:
                     sys.exit(f"llama-server did not start; see {self.log.name}")
                 time.sleep(0.1)
+        self.plain = self.ids(" the")[-1]
+        with urllib.request.urlopen(self.url + "/props", timeout=30) as answer:
+            self.end = self.ids(json.load(answer)["eos_token"], special=True)[-1]
+
+    def ids(self, text, special=False):
+        return self.post("/tokenize", {"content": text, "add_special": False, "parse_special": special})["tokens"]
 
     def post(self, path, body):
         request = urllib.request.Request(
@@ -64,13 +76,19 @@ class Server:
         with urllib.request.urlopen(request, timeout=300) as answer:
             return json.load(answer)
 
-    def events(self, path, body):
-        request = urllib.request.Request(
-            self.url + path, json.dumps(body).encode(), {"Content-Type": "application/json"})
-        with urllib.request.urlopen(request, timeout=300) as answer:
-            for line in answer:
-                if line.startswith(b"data: {"):
-                    yield json.loads(line[6:])
+    def likeliest(self, ids, count):
+        """The likeliest tokens after `ids` with their log-probabilities.
+
+        The token that this request itself samples is forced: llama-server gives no probabilities for one that ends
+        inside a character, and those it gives are taken before any bias.
+        """
+        answer = self.post("/completion", {
+            "prompt": ids, "n_predict": 1, "n_probs": count, "cache_prompt": True, "ignore_eos": True,
+            "logit_bias": [[self.plain, 1000.0]]})
+        top = answer["completion_probabilities"][0]["top_logprobs"]
+        if len(top) != count:
+            sys.exit(f"llama-server gave {len(top)} likeliest tokens of {count} asked for")
+        return [[t["id"], round(t["logprob"], 5)] for t in top]
 
     def stop(self):
         self.process.terminate()
@@ -94,21 +112,33 @@ def record_prompt(server, prompt):
     if "text_from" in prompt:
         prompt["text"] = (HERE / prompt["text_from"]).read_text(encoding="utf-8")[: prompt["characters"]]
     ids = prompt_ids(server, prompt)
-    body = {"prompt": ids, "n_predict": TOKENS, "temperature": 0, "cache_prompt": False}
-    answer = server.post("/completion", {**body, "return_tokens": True})
-    if answer["tokens_evaluated"] != len(ids):
-        sys.exit(f"{prompt['name']}: llama.cpp read {answer['tokens_evaluated']} tokens of {len(ids)} sent")
-    # llama-server gives no probabilities for a token that ends inside a character, so each step is placed by the
-    # count of tokens that its event carries; a step left empty has its token alone.
-    steps = [[[token, None]] for token in answer["tokens"]]
-    for event in server.events("/completion", {**body, "n_probs": TOP, "stream": True}):
-        for step in event.get("completion_probabilities", []) if not event["stop"] else []:
-            top = [[t["id"], round(t["logprob"], 5)] for t in step["top_logprobs"]]
-            at = event["tokens_predicted"] - 1
-            if len(top) != TOP or not step["id"] == top[0][0] == answer["tokens"][at]:
-                sys.exit(f"{prompt['name']}, token {at}: not greedy, or without its {TOP} likeliest tokens: {step}")
-            steps[at] = top
-    return {"name": prompt["name"], "ids": ids, "text": answer["content"], "steps": steps}
+    tokens, steps = [], []
+    while len(tokens) < TOKENS and (not tokens or tokens[-1] != server.end):
+        steps.append(server.likeliest(ids + tokens, TOP))
+        tokens.append(steps[-1][0][0])
+    text = server.post("/detokenize", {"tokens": tokens})["content"]
+    return {"name": prompt["name"], "ids": ids, "text": text, "steps": steps}
+
+
+def record_exact(server, recorded):
+    """What the unrounded weights say at each step of a recorded answer."""
+    ids, exact = list(recorded["ids"]), []
+    for step in recorded["steps"]:
+        top = server.likeliest(ids, WIDE)
+        asked = {token for token, _ in step}
+        exact.append(top[:TOP] + [pair for pair in top[TOP:] if pair[0] in asked])
+        ids.append(step[0][0])
+    return exact
+
+
+def noise(recorded):
+    """How far llama.cpp's own rounding moves the log-probabilities it gives, on average."""
+    differences = []
+    for prompt in recorded:
+        for step, exact in zip(prompt["steps"], prompt["exact"]):
+            exact = dict(exact)
+            differences += [abs(logprob - exact[token]) for token, logprob in step if token in exact]
+    return sum(differences) / len(differences)
 
 
 def perplexity(binary, model, context, threads):
@@ -140,6 +170,16 @@ def main():
         recorded = [record_prompt(server, prompt) for prompt in prompts]
     finally:
         server.stop()
+    with tempfile.TemporaryDirectory(prefix="golden-") as folder:
+        wide = pathlib.Path(folder) / "f32.gguf"
+        subprocess.run([a.llama / "llama-quantize", "--allow-requantize", a.model, wide, "F32"],
+                       stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=True)
+        server = Server(a.llama / "llama-server", wide, a.threads, a.template)
+        try:
+            for prompt in recorded:
+                prompt["exact"] = record_exact(server, prompt)
+        finally:
+            server.stop()
     record = {
         "llama_cpp": version.removeprefix("version: "),
         "options": " ".join(EXACT),
@@ -157,7 +197,7 @@ def main():
     print(f"llama.cpp {record['llama_cpp']}, {record['model']['file']}")
     for p in recorded:
         print(f"  {p['name']:10} {len(p['ids']):4} tokens in, {len(p['steps']):2} out: {p['text']!r:.90}")
-    print(f"  perplexity {record['perplexity']}")
+    print(f"  perplexity {record['perplexity']}; llama.cpp's own rounding moves log-probabilities by {noise(recorded):.4f}")
 
 
 if __name__ == "__main__":
