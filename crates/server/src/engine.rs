@@ -49,6 +49,28 @@ impl Generate for Engine {
     }
 }
 
+impl<G: Generate + ?Sized> Generate for Arc<G> {
+    fn submit(&self, request: Request) -> Result<Submission, SubmitError> {
+        (**self).submit(request)
+    }
+
+    fn fingerprint(&self) -> &str {
+        (**self).fingerprint()
+    }
+
+    fn max_context(&self) -> usize {
+        (**self).max_context()
+    }
+
+    fn stats(&self) -> Stats {
+        (**self).stats()
+    }
+
+    fn drain(&self, budget: Duration) {
+        (**self).drain(budget);
+    }
+}
+
 /// A loaded model, ready to answer.
 #[derive(Clone)]
 pub struct Replica {

@@ -106,7 +106,7 @@ pub(crate) struct Recorded {
 
 impl Recorded {
     pub(crate) fn new(body: Body, mut record: Record) -> Recorded {
-        record.complete = body.is_end_stream();
+        record.complete |= body.is_end_stream();
         Recorded { body, record }
     }
 }

@@ -81,7 +81,8 @@ async fn pass(State(app): State<App>, mut request: Request<Body>, next: Next) ->
         id: context.as_ref().map_or_else(|_| fresh_id(), |c| c.id.clone()),
         arrived: std::time::Instant::now(),
         _busy: busy,
-        complete: false,
+        // Nobody reads the body of an answer to HEAD.
+        complete: request.method() == Method::HEAD,
     };
     let origin = app.guard.cors_origin(request.headers()).and_then(|o| HeaderValue::from_str(o).ok());
     let preflight = origin.is_some() && request.method() == Method::OPTIONS;
