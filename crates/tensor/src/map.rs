@@ -42,8 +42,9 @@ impl FileMap {
             return Err(io::Error::new(io::ErrorKind::InvalidInput, "not a regular file"));
         }
         let file = File::open(path)?;
-        let len = usize::try_from(file.metadata()?.len())
-            .map_err(|_| io::Error::new(io::ErrorKind::FileTooLarge, "larger than this machine's address space"))?;
+        let len = usize::try_from(file.metadata()?.len()).map_err(|_| {
+            io::Error::new(io::ErrorKind::FileTooLarge, "larger than this machine's address space")
+        })?;
         #[cfg(unix)]
         if len > READ_LIMIT {
             return Ok(FileMap { bytes: Bytes::Mapped(Mapping::new(file, len)?) });

@@ -68,7 +68,10 @@ impl Model {
         // Two rows that store into one slot would race. Blocks that are only read may be shared by any number.
         writes.sort_unstable();
         if let Some(pair) = writes.windows(2).find(|pair| pair[0].0 == pair[1].0) {
-            return fail(format!("spans {} and {} store into one block, {}", pair[0].1, pair[1].1, pair[0].0));
+            return fail(format!(
+                "spans {} and {} store into one block, {}",
+                pair[0].1, pair[1].1, pair[0].0
+            ));
         }
         let mut last = None;
         for &row in batch.logit_rows {

@@ -32,7 +32,8 @@ impl Model {
         weights: &dyn Weights,
         pool: &Pool,
     ) -> Result<Model, Error> {
-        let mut builder = Builder { config, names, weights, pool, hasher: blake3::Hasher::new(), used: HashSet::new() };
+        let mut builder =
+            Builder { config, names, weights, pool, hasher: blake3::Hasher::new(), used: HashSet::new() };
         let embedding = builder.matrix(names.embedding(), config.vocab, config.hidden)?;
         let head = match config.tied_head {
             true => None,
@@ -49,7 +50,16 @@ impl Model {
         });
         builder.refuse_left_over_tensors()?;
         let weights_hash = builder.finish_hash()?;
-        Ok(Model { config: config.clone(), embedding, layers, final_norm, head, rope, sliding_rope, weights_hash })
+        Ok(Model {
+            config: config.clone(),
+            embedding,
+            layers,
+            final_norm,
+            head,
+            rope,
+            sliding_rope,
+            weights_hash,
+        })
     }
 }
 
@@ -69,7 +79,8 @@ impl<'a> Builder<'a> {
 
     fn attention(&mut self, layer: usize) -> Result<Attention, Error> {
         let config = self.config;
-        let (hidden, q, kv) = (config.hidden, config.heads * config.head_dim, config.kv_heads * config.head_dim);
+        let (hidden, q, kv) =
+            (config.hidden, config.heads * config.head_dim, config.kv_heads * config.head_dim);
         let query_key_norms = match config.query_key_norm {
             true => Some((
                 self.norm(self.names.part(layer, Part::QueryNorm), config.head_dim)?,
@@ -93,7 +104,8 @@ impl<'a> Builder<'a> {
         let (gate_name, up_name) = (self.names.part(layer, Part::Gate), self.names.part(layer, Part::Up));
         let gate = self.take(&gate_name, &[ffn, hidden])?;
         let up = self.take(&up_name, &[ffn, hidden])?;
-        let gate_up = GatedMatrix::pack(self.pool, (gate.dtype, gate.bytes), (up.dtype, up.bytes), ffn, hidden)?;
+        let gate_up =
+            GatedMatrix::pack(self.pool, (gate.dtype, gate.bytes), (up.dtype, up.bytes), ffn, hidden)?;
         self.weights.release(&gate_name);
         self.weights.release(&up_name);
         Ok(FeedForward {
@@ -105,7 +117,13 @@ impl<'a> Builder<'a> {
     }
 
     /// A projection of attention with its bias. Queries and keys get the row order that the decoder rotates.
-    fn projection(&mut self, layer: usize, part: Part, rows: usize, cols: usize) -> Result<Projection, Error> {
+    fn projection(
+        &mut self,
+        layer: usize,
+        part: Part,
+        rows: usize,
+        cols: usize,
+    ) -> Result<Projection, Error> {
         let config = self.config;
         let heads = match part {
             Part::Query if self.names.interleaved_rope => Some(config.heads),
@@ -187,7 +205,9 @@ impl<'a> Builder<'a> {
         }
         let tensor = self.weights.tensor(name)?.ok_or_else(|| self.missing(name))?;
         if tensor.dims != dims {
-            return Err(self.malformed(format!("the tensor {name} has the shape {:?}, not {dims:?}", tensor.dims)));
+            return Err(
+                self.malformed(format!("the tensor {name} has the shape {:?}, not {dims:?}", tensor.dims))
+            );
         }
         self.hash_tensor(name, &tensor);
         self.used.insert(name.to_string());
@@ -201,7 +221,9 @@ impl<'a> Builder<'a> {
             .weights
             .names()
             .into_iter()
-            .filter(|name| name.starts_with(&prefix) && !self.used.contains(*name) && !self.names.ignorable(name))
+            .filter(|name| {
+                name.starts_with(&prefix) && !self.used.contains(*name) && !self.names.ignorable(name)
+            })
             .collect();
         left_over.sort_unstable();
         match left_over.first() {

@@ -83,7 +83,10 @@ impl ModelConfig {
             return Some(format!("{what} is {n}"));
         }
         if self.max_context > MAX_CONTEXT {
-            return Some(format!("the context length is {}; {MAX_CONTEXT} at most makes sense", self.max_context));
+            return Some(format!(
+                "the context length is {}; {MAX_CONTEXT} at most makes sense",
+                self.max_context
+            ));
         }
         if !self.heads.is_multiple_of(self.kv_heads) {
             return Some(format!("{} heads can't share {} key-value heads", self.heads, self.kv_heads));
@@ -109,7 +112,11 @@ impl ModelConfig {
             return Some("the sliding window is 0".into());
         }
         if window.layers.len() != self.layers {
-            return Some(format!("the window pattern names {} of {} layers", window.layers.len(), self.layers));
+            return Some(format!(
+                "the window pattern names {} of {} layers",
+                window.layers.len(),
+                self.layers
+            ));
         }
         window.rope.contradiction()
     }

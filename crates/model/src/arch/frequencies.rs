@@ -111,13 +111,16 @@ impl RopeConfig {
                 .into_iter()
                 .map(|f| {
                     let turns = original_context * f / TAU;
-                    let keep = ((turns - low_freq_factor) / (high_freq_factor - low_freq_factor)).clamp(0.0, 1.0);
+                    let keep =
+                        ((turns - low_freq_factor) / (high_freq_factor - low_freq_factor)).clamp(0.0, 1.0);
                     f * keep + f / factor * (1.0 - keep)
                 })
                 .collect(),
             RopeScaling::Yarn { factor, beta_fast, beta_slow, original_context, whole_pairs, .. } => {
                 // The pair that turns `turns` times in the original context.
-                let pair = |turns: f64| dim as f64 * (original_context / (turns * TAU)).ln() / (2.0 * self.theta.ln());
+                let pair = |turns: f64| {
+                    dim as f64 * (original_context / (turns * TAU)).ln() / (2.0 * self.theta.ln())
+                };
                 let (mut low, mut high) = (pair(beta_fast), pair(beta_slow));
                 if whole_pairs {
                     (low, high) = (low.floor(), high.ceil());

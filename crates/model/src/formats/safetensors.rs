@@ -68,8 +68,8 @@ impl Safetensors {
     }
 
     fn from_map(path: &Path, map: FileMap) -> Result<Safetensors, Error> {
-        let tensors = read_header(&map)
-            .map_err(|reason| Error::Malformed { path: path.to_path_buf(), reason })?;
+        let tensors =
+            read_header(&map).map_err(|reason| Error::Malformed { path: path.to_path_buf(), reason })?;
         Ok(Safetensors { path: path.to_path_buf(), map, tensors })
     }
 

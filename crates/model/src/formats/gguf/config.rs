@@ -50,10 +50,8 @@ pub(crate) fn config(gguf: &Gguf) -> Result<ModelConfig, Error> {
         if let Some(n) = gguf.u32(&keys.full(key))?
             && n as usize != head_dim
         {
-            return Err(gguf.unsupported(
-                format!("{n} {what} in a head of {head_dim}"),
-                "as many as the head is wide",
-            ));
+            return Err(gguf
+                .unsupported(format!("{n} {what} in a head of {head_dim}"), "as many as the head is wide"));
         }
     }
     let gemma = family == "gemma3";
@@ -113,7 +111,9 @@ impl Keys<'_> {
     fn count(&self, key: &str) -> Result<usize, Error> {
         let key = self.full(key);
         if self.gguf.is_array(&key) {
-            return Err(self.gguf.unsupported(format!("a different {key} in every layer"), "one for all layers"));
+            return Err(self
+                .gguf
+                .unsupported(format!("a different {key} in every layer"), "one for all layers"));
         }
         let count = self.gguf.u32(&key)?.ok_or_else(|| missing(self.gguf, &key))?;
         Ok(count as usize)

@@ -95,13 +95,18 @@ impl Metadata {
     /// Reads `count` pairs from `cursor`, checking every one.
     pub(super) fn read(cursor: &mut Cursor<'_>, count: u64) -> Result<Metadata, Fault> {
         if count > MAX_PAIRS {
-            return Err(Fault::Malformed(format!("it claims {count} metadata pairs; {MAX_PAIRS} at most are read")));
+            return Err(Fault::Malformed(format!(
+                "it claims {count} metadata pairs; {MAX_PAIRS} at most are read"
+            )));
         }
         let mut pairs = HashMap::new();
         for index in 0..count {
             let key = cursor.string(&format!("the key of metadata pair {index}"))?;
             if key.is_empty() || key.len() > MAX_KEY_BYTES {
-                return Err(Fault::Malformed(format!("the key of metadata pair {index} has {} bytes", key.len())));
+                return Err(Fault::Malformed(format!(
+                    "the key of metadata pair {index} has {} bytes",
+                    key.len()
+                )));
             }
             let value = read_value(cursor, key)?;
             if pairs.insert(key.to_string(), value).is_some() {
@@ -135,7 +140,8 @@ fn read_value(cursor: &mut Cursor<'_>, key: &str) -> Result<Value, Fault> {
     let start = cursor.position();
     skip_elements(cursor, element, count, what, 1)?;
     // Every element takes a byte or more, so a count that got here is below the file's length.
-    let count = usize::try_from(count).map_err(|_| Fault::Malformed(format!("{what} has {count} elements")))?;
+    let count =
+        usize::try_from(count).map_err(|_| Fault::Malformed(format!("{what} has {count} elements")))?;
     Ok(Value { kind, element: Some(element), count, bytes: start..cursor.position() })
 }
 
@@ -144,7 +150,13 @@ fn read_array_header(cursor: &mut Cursor<'_>, what: &str) -> Result<(Kind, u64),
     Ok((element, cursor.u64(what)?))
 }
 
-fn skip_elements(cursor: &mut Cursor<'_>, element: Kind, count: u64, what: &str, depth: usize) -> Result<(), Fault> {
+fn skip_elements(
+    cursor: &mut Cursor<'_>,
+    element: Kind,
+    count: u64,
+    what: &str,
+    depth: usize,
+) -> Result<(), Fault> {
     if let Some(bytes) = element.fixed_bytes() {
         let total = count
             .checked_mul(bytes)
@@ -160,7 +172,10 @@ fn skip_elements(cursor: &mut Cursor<'_>, element: Kind, count: u64, what: &str,
     }
     // Strings and arrays take eight bytes or more each; a larger claim ends here and not after a long loop.
     if count > (cursor.left() / 8) as u64 {
-        return Err(Fault::Malformed(format!("{what} claims {count} elements, {} bytes are left", cursor.left())));
+        return Err(Fault::Malformed(format!(
+            "{what} claims {count} elements, {} bytes are left",
+            cursor.left()
+        )));
     }
     for _ in 0..count {
         if element == Kind::Array {

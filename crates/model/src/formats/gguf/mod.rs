@@ -116,7 +116,9 @@ impl Gguf {
     pub fn u32(&self, key: &str) -> Result<Option<u32>, Error> {
         let Some(value) = self.metadata.get(key) else { return Ok(None) };
         let integer = self.integer(value).ok_or_else(|| self.wrong_kind(key, value, "an integer"))?;
-        u32::try_from(integer).map(Some).map_err(|_| self.malformed(format!("{key} is {integer}, out of range")))
+        u32::try_from(integer)
+            .map(Some)
+            .map_err(|_| self.malformed(format!("{key} is {integer}, out of range")))
     }
 
     /// A float, or an integer read as one.
@@ -182,7 +184,9 @@ impl Gguf {
         let Some(value) = self.metadata.get(key) else { return Ok(None) };
         let bytes = &self.map[value.bytes.clone()];
         match value.element {
-            Some(Kind::I32) => Ok(Some(bytes.chunks_exact(4).map(|b| i32::from_le_bytes(fixed(b))).collect())),
+            Some(Kind::I32) => {
+                Ok(Some(bytes.chunks_exact(4).map(|b| i32::from_le_bytes(fixed(b))).collect()))
+            }
             Some(Kind::U32) => bytes
                 .chunks_exact(4)
                 .map(|b| i32::try_from(u32::from_le_bytes(fixed(b))))

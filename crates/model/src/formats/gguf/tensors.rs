@@ -34,7 +34,9 @@ impl TensorTable {
     /// Reads `count` entries; their data starts at the next multiple of `alignment` after the table.
     pub(super) fn read(cursor: &mut Cursor<'_>, count: u64, alignment: u64) -> Result<TensorTable, Fault> {
         if count > MAX_TENSORS {
-            return Err(Fault::Malformed(format!("it claims {count} tensors; {MAX_TENSORS} at most are read")));
+            return Err(Fault::Malformed(format!(
+                "it claims {count} tensors; {MAX_TENSORS} at most are read"
+            )));
         }
         let mut tensors = HashMap::new();
         for index in 0..count {
@@ -88,7 +90,9 @@ fn read_entry(cursor: &mut Cursor<'_>, name: &str, alignment: u64) -> Result<Ten
     let dtype = dtype_of(cursor.u32(name)?, name)?;
     let offset = cursor.u64(name)?;
     if !offset.is_multiple_of(alignment) {
-        return Err(malformed(format!("starts at {offset}, which is no multiple of the alignment {alignment}")));
+        return Err(malformed(format!(
+            "starts at {offset}, which is no multiple of the alignment {alignment}"
+        )));
     }
     if !dims[0].is_multiple_of(dtype.block_len()) {
         return Err(malformed(format!(

@@ -40,7 +40,8 @@ pub(super) fn read(folder: &Folder, path: &Path, json: &Value) -> Result<(ModelC
         .into_iter()
         .find(|prefix| folder.has(&format!("{prefix}embed_tokens.weight")))
         .ok_or_else(|| top.malformed("the weights have no tensor model.embed_tokens.weight".into()))?;
-    let head = if folder.has("language_model.lm_head.weight") { "language_model.lm_head.weight" } else { LM_HEAD };
+    let head =
+        if folder.has("language_model.lm_head.weight") { "language_model.lm_head.weight" } else { LM_HEAD };
     Ok((config, Names::hugging_face(prefix, head, family == "gemma3")))
 }
 
@@ -67,7 +68,9 @@ fn config(folder: &Folder, family: &str, fields: &Fields<'_>) -> Result<ModelCon
     let rope = rope(fields, "full_attention", if gemma { 1_000_000.0 } else { 10_000.0 }, max_positions)?;
     // A file names what the model was first trained for; YaRN is how it reaches further.
     let max_context = match rope.scaling {
-        RopeScaling::Yarn { factor, original_context, .. } => max_positions.max((factor * original_context) as usize),
+        RopeScaling::Yarn { factor, original_context, .. } => {
+            max_positions.max((factor * original_context) as usize)
+        }
         _ => max_positions,
     };
     let attention_scale = match gemma {
@@ -104,7 +107,8 @@ fn config(folder: &Folder, family: &str, fields: &Fields<'_>) -> Result<ModelCon
 fn refuse_what_is_not_run(top: &Fields<'_>, fields: &Fields<'_>) -> Result<(), Error> {
     for fields in [top, fields] {
         if fields.present("quantization_config") {
-            return Err(fields.unsupported("a quantization_config", "safetensors in F32, F16 or BF16, or a GGUF file"));
+            return Err(fields
+                .unsupported("a quantization_config", "safetensors in F32, F16 or BF16, or a GGUF file"));
         }
     }
     for key in ["mlp_bias", "use_bidirectional_attention"] {
@@ -154,12 +158,15 @@ fn sliding(
         return Ok(None);
     }
     let positions = fields.count("sliding_window", Some(4096))?;
-    let local: Vec<bool> = if let Some(types) = fields.map.get("layer_types").filter(|types| !types.is_null()) {
+    let local: Vec<bool> = if let Some(types) = fields.map.get("layer_types").filter(|types| !types.is_null())
+    {
         let types = types.as_array().ok_or_else(|| fields.malformed("layer_types is no list".into()))?;
         let local = types.iter().map(|kind| match kind.as_str() {
             Some("sliding_attention") => Ok(true),
             Some("full_attention") => Ok(false),
-            _ => Err(fields.unsupported(format!("the layer type {kind}"), "sliding_attention, full_attention")),
+            _ => {
+                Err(fields.unsupported(format!("the layer type {kind}"), "sliding_attention, full_attention"))
+            }
         });
         local.collect::<Result<_, _>>()?
     } else {
@@ -189,7 +196,12 @@ fn sliding(
 }
 
 /// How layers of `kind` rotate: `rope_parameters` (one, or one a kind of layer), or `rope_theta` and `rope_scaling`.
-fn rope(fields: &Fields<'_>, kind: &str, default_theta: f64, max_positions: usize) -> Result<RopeConfig, Error> {
+fn rope(
+    fields: &Fields<'_>,
+    kind: &str,
+    default_theta: f64,
+    max_positions: usize,
+) -> Result<RopeConfig, Error> {
     let empty = Map::new();
     let given = ["rope_parameters", "rope_scaling"].into_iter().find(|key| fields.present(key));
     let parameters = match given {
@@ -256,7 +268,9 @@ fn yarn(p: &Fields<'_>, original_context: f64, max_positions: usize) -> Result<R
 fn object<'a>(path: &Path, value: &'a Value) -> Result<&'a Map<String, Value>, Error> {
     value.as_object().ok_or_else(|| Error::Malformed {
         path: path.to_path_buf(),
-        reason: "an object is expected where it has something else (the config, text_config or rope settings)".into(),
+        reason:
+            "an object is expected where it has something else (the config, text_config or rope settings)"
+                .into(),
     })
 }
 

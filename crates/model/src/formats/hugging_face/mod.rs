@@ -63,11 +63,15 @@ impl Folder {
         let mut shard_of = HashMap::new();
         for (tensor, file) in weight_map {
             let file = file.as_str().filter(|name| is_plain_file_name(name)).ok_or_else(|| {
-                malformed(format!("it puts {tensor} into {file}, which is no .safetensors file of this folder"))
+                malformed(format!(
+                    "it puts {tensor} into {file}, which is no .safetensors file of this folder"
+                ))
             })?;
             let number = match numbers.get(file) {
                 Some(&number) => number,
-                None if shards.len() == MAX_SHARDS => return Err(malformed("it names too many files".into())),
+                None if shards.len() == MAX_SHARDS => {
+                    return Err(malformed("it names too many files".into()));
+                }
                 None => {
                     shards.push(Safetensors::open(&path.join(file))?);
                     numbers.insert(file, shards.len() - 1);
@@ -175,7 +179,8 @@ fn no_weights(path: &Path) -> Error {
     Error::Unsupported {
         path: path.to_path_buf(),
         what: "a folder without model.safetensors or model.safetensors.index.json".into(),
-        supported: "a .gguf file, or a Hugging Face folder (config.json, tokenizer.json, *.safetensors)".into(),
+        supported: "a .gguf file, or a Hugging Face folder (config.json, tokenizer.json, *.safetensors)"
+            .into(),
     }
 }
 
@@ -186,7 +191,9 @@ mod tests {
     #[test]
     fn file_names_of_an_index_stay_in_the_folder() {
         assert!(is_plain_file_name("model-00001-of-00002.safetensors"));
-        for name in ["../x.safetensors", "/x.safetensors", "a/b.safetensors", "a\\b.safetensors", "c:x.safetensors"] {
+        for name in
+            ["../x.safetensors", "/x.safetensors", "a/b.safetensors", "a\\b.safetensors", "c:x.safetensors"]
+        {
             assert!(!is_plain_file_name(name), "{name}");
         }
         assert!(!is_plain_file_name("pytorch_model.bin"));
