@@ -37,6 +37,9 @@ const TASK_ROWS: usize = 96;
 /// From this many query rows on, keys and values are turned into `f32` before use, not in each tile anew.
 const EXPAND_ROWS: usize = 13;
 
+/// Softmax blocks that a few rows take in at a time.
+const STEP_BLOCKS: usize = 4;
+
 /// One sequence's rows in a packed batch.
 #[derive(Clone, Copy, Debug)]
 pub struct Span<'a> {
@@ -233,32 +236,39 @@ fn attend<L: Lanes>(l: L, call: &Call<'_>, task: &Task, scratch: &mut Vec<f32>) 
     let position = |i: usize| span.first_position + task.rows.start + i / task.heads.len();
     let first_seen = |i: usize| call.params.window.map_or(0, |w| (position(i) + 1).saturating_sub(w));
 
+    // A step of several blocks where little is kept; one block where its expanded pages stay in the first cache.
+    let step = SOFTMAX_KEYS * if expand { 1 } else { STEP_BLOCKS };
     let mut start = first_seen(0) / SOFTMAX_KEYS * SOFTMAX_KEYS;
     while start <= position(count - 1) {
         let first_block = start / BLOCK_TOKENS;
-        let pages = PAGES.min(position(count - 1) / BLOCK_TOKENS + 1 - first_block);
-        let stored: [(&[u16], &[u16]); PAGES] = std::array::from_fn(|p| {
-            // Past the last page the first stands in: nothing reads it.
-            let block = span.blocks[first_block + if p < pages { p } else { 0 }];
-            call.cache.page(call.layer, block, kv_head)
-        });
-        // Within a block a row sees `first..end`.
+        let pages = (step / BLOCK_TOKENS).min(position(count - 1) / BLOCK_TOKENS + 1 - first_block);
+        let blocks = &span.blocks[first_block..first_block + pages];
+        // Of these keys a row sees `first..end`.
         let sees = |i: usize| {
-            let end = (position(i) + 1).saturating_sub(start).min(SOFTMAX_KEYS);
+            let end = (position(i) + 1).saturating_sub(start).min(step);
             (first_seen(i).saturating_sub(start).min(end), end)
         };
+        let page_of = |block: &BlockId| call.cache.page(call.layer, *block, kv_head);
         if expand {
-            for (out, (keys, values)) in expanded.chunks_exact_mut(2 * page).zip(&stored[..pages]) {
+            for (out, block) in expanded.chunks_exact_mut(2 * page).zip(blocks) {
+                let (keys, values) = page_of(block);
                 let (out_keys, out_values) = out.split_at_mut(page);
                 expand_page(l, keys, out_keys);
                 expand_page(l, values, out_values);
             }
-            let pages_of = |p: usize| expanded[p * 2 * page..(p + 1) * 2 * page].split_at(page);
-            group.block(l, std::array::from_fn(pages_of), call.params.softcap, sees);
+            let mut stored: [(&[f32], &[f32]); PAGES] = [(&[], &[]); PAGES];
+            for (stored, pages) in stored.iter_mut().zip(expanded.chunks_exact(2 * page)) {
+                *stored = pages.split_at(page);
+            }
+            group.blocks::<L, f32, 1>(l, &stored[..pages], call.params.softcap, sees);
         } else {
-            group.block(l, stored, call.params.softcap, sees);
+            let mut stored: [(&[u16], &[u16]); STEP_BLOCKS * PAGES] = [(&[], &[]); STEP_BLOCKS * PAGES];
+            for (stored, block) in stored.iter_mut().zip(blocks) {
+                *stored = page_of(block);
+            }
+            group.blocks::<L, u16, STEP_BLOCKS>(l, &stored[..pages], call.params.softcap, sees);
         }
-        start += SOFTMAX_KEYS;
+        start += step;
     }
     for i in 0..count {
         let to = (row_of(i) * heads + head_of(i)) * head_dim;

@@ -1,4 +1,4 @@
-//! The inner loops of attention: a few query rows against one block of keys, in registers.
+//! The inner loops of attention: a few query rows against a few blocks of keys, in registers.
 //!
 //! Both products have the same form: R rows times V vectors of sixteen lanes, accumulated over a third index
 //! (dimensions for scores, keys for the output), with one broadcast value a row and one vector a column. With
@@ -10,6 +10,7 @@
 #![allow(clippy::needless_range_loop)]
 
 use std::f32::consts::LOG2_E;
+use std::ops::Range;
 
 use crate::kv::BLOCK_TOKENS;
 use crate::lanes::{LANES, Lanes};
@@ -104,16 +105,17 @@ impl<'a> Group<'a> {
         }
     }
 
-    /// Takes in one block: `pages` are keys and values of its pages; row `i` sees its keys `sees(i)`, and no row
-    /// fewer than the row before it in `end`.
+    /// Takes in up to N blocks: `pages` are keys and values of their pages; row `i` sees the keys `sees(i)` of them,
+    /// and no row fewer than the row before it in `end`.
     #[inline(always)]
-    pub(super) fn block<L: Lanes, S: Stored>(
+    pub(super) fn blocks<L: Lanes, S: Stored, const N: usize>(
         &mut self,
         l: L,
-        pages: [(&[S], &[S]); PAGES],
+        pages: &[(&[S], &[S])],
         softcap: Option<f32>,
         sees: impl Fn(usize) -> (usize, usize),
     ) {
+        assert!(pages.len() <= N * PAGES);
         for (keys, values) in pages {
             assert!(keys.len() == self.head_dim * BLOCK_TOKENS && values.len() == keys.len());
         }
@@ -121,28 +123,29 @@ impl<'a> Group<'a> {
         while i < self.count {
             let left = self.count - i;
             if L::WIDE && left >= 6 {
-                self.tile::<L, S, 6>(l, i, &pages, softcap, &sees);
+                self.tile::<L, S, 6, N>(l, i, pages, softcap, &sees);
                 i += 6;
             } else if L::WIDE && left >= 3 {
-                self.tile::<L, S, 3>(l, i, &pages, softcap, &sees);
+                self.tile::<L, S, 3, N>(l, i, pages, softcap, &sees);
                 i += 3;
             } else if left >= 2 {
-                self.tile::<L, S, 2>(l, i, &pages, softcap, &sees);
+                self.tile::<L, S, 2, N>(l, i, pages, softcap, &sees);
                 i += 2;
             } else {
-                self.tile::<L, S, 1>(l, i, &pages, softcap, &sees);
+                self.tile::<L, S, 1, N>(l, i, pages, softcap, &sees);
                 i += 1;
             }
         }
     }
 
-    /// Rows `first..first + R`.
+    /// Rows `first..first + R`: all scores, then the softmax block by block, then all values, so that the three do
+    /// not wait for each other in every block.
     #[inline(always)]
-    fn tile<L: Lanes, S: Stored, const R: usize>(
+    fn tile<L: Lanes, S: Stored, const R: usize, const N: usize>(
         &mut self,
         l: L,
         first: usize,
-        pages: &[(&[S], &[S]); PAGES],
+        pages: &[(&[S], &[S])],
         softcap: Option<f32>,
         sees: &impl Fn(usize) -> (usize, usize),
     ) {
@@ -152,46 +155,52 @@ impl<'a> Group<'a> {
         if begin >= end {
             return;
         }
-        let (first_page, last_page) = (begin / BLOCK_TOKENS, end.div_ceil(BLOCK_TOKENS));
-        let mut scores = [[f32::NEG_INFINITY; SOFTMAX_KEYS]; R];
+        // A key that gets no score is out of sight of all R rows.
+        let mut scores = [[[f32::NEG_INFINITY; SOFTMAX_KEYS]; N]; R];
         let q = &self.q[first * self.head_dim..(first + R) * self.head_dim];
-        let mut page = first_page;
+        let (mut page, last_page) = (begin / BLOCK_TOKENS, end.div_ceil(BLOCK_TOKENS));
         while page < last_page {
             let left = last_page - page;
             if L::WIDE && left >= 4 {
-                score::<L, S, R, 4>(l, q, pages, page, &mut scores);
+                score::<L, S, R, 4, N>(l, q, pages, page, &mut scores);
                 page += 4;
             } else if left >= 2 {
-                score::<L, S, R, 2>(l, q, pages, page, &mut scores);
+                score::<L, S, R, 2, N>(l, q, pages, page, &mut scores);
                 page += 2;
             } else {
-                score::<L, S, R, 1>(l, q, pages, page, &mut scores);
+                score::<L, S, R, 1, N>(l, q, pages, page, &mut scores);
                 page += 1;
             }
         }
-        let totals = &mut self.totals[first * LANES..(first + R) * LANES];
-        let shrink = softmax(l, &mut scores, &seen, softcap, &mut self.largest[first..first + R], totals);
+        let mut shrink = [[1.0; LANES]; N];
+        for block in begin / SOFTMAX_KEYS..end.div_ceil(SOFTMAX_KEYS) {
+            let start = block * SOFTMAX_KEYS;
+            let within = |at: usize| at.saturating_sub(start).min(SOFTMAX_KEYS);
+            let seen = seen.map(|(first, end)| (within(first), within(end)));
+            let totals = &mut self.totals[first * LANES..(first + R) * LANES];
+            let largest = &mut self.largest[first..first + R];
+            shrink[block] = softmax(l, &mut scores, block, &seen, softcap, largest, totals);
+        }
         let padded = self.head_dim.next_multiple_of(LANES);
         let sums = &mut self.sums[first * padded..(first + R) * padded];
-        // Keys before `begin` and past `end` have p = 0 in every row.
-        let keys = begin..end;
+        let weights = Weights { p: &scores, shrink: &shrink, keys: begin..end, head_dim: self.head_dim };
         let mut vector = 0;
         let whole = self.head_dim / LANES;
         while vector < whole {
             let left = whole - vector;
             if L::WIDE && left >= 4 {
-                weigh::<L, S, R, 4>(l, &scores, &shrink, pages, keys.clone(), self.head_dim, vector, sums);
+                weights.weigh::<L, S, 4>(l, pages, vector, sums);
                 vector += 4;
             } else if left >= 2 {
-                weigh::<L, S, R, 2>(l, &scores, &shrink, pages, keys.clone(), self.head_dim, vector, sums);
+                weights.weigh::<L, S, 2>(l, pages, vector, sums);
                 vector += 2;
             } else {
-                weigh::<L, S, R, 1>(l, &scores, &shrink, pages, keys.clone(), self.head_dim, vector, sums);
+                weights.weigh::<L, S, 1>(l, pages, vector, sums);
                 vector += 1;
             }
         }
         if whole * LANES < self.head_dim {
-            weigh_last(l, &scores, &shrink, pages, keys, self.head_dim, sums);
+            weights.weigh_last(l, pages, sums);
         }
     }
 
@@ -211,14 +220,17 @@ impl<'a> Group<'a> {
     }
 }
 
+/// The scores, then the probabilities, of R rows for the keys of N blocks.
+type Scores<const R: usize, const N: usize> = [[[f32; SOFTMAX_KEYS]; N]; R];
+
 /// Scores of R rows against the keys of V pages from `page` on.
 #[inline(always)]
-fn score<L: Lanes, S: Stored, const R: usize, const V: usize>(
+fn score<L: Lanes, S: Stored, const R: usize, const V: usize, const N: usize>(
     l: L,
     q: &[f32],
-    pages: &[(&[S], &[S]); PAGES],
+    pages: &[(&[S], &[S])],
     page: usize,
-    scores: &mut [[f32; SOFTMAX_KEYS]; R],
+    scores: &mut Scores<R, N>,
 ) {
     let head_dim = q.len() / R;
     let keys: [&[S]; V] = std::array::from_fn(|v| pages[page + v].0);
@@ -240,18 +252,20 @@ fn score<L: Lanes, S: Stored, const R: usize, const V: usize>(
         }
     }
     for r in 0..R {
+        let scores = scores[r].as_flattened_mut();
         for v in 0..V {
-            l.store(sums[r][v], &mut scores[r][(page + v) * LANES..]);
+            l.store(sums[r][v], &mut scores[(page + v) * LANES..]);
         }
     }
 }
 
-/// Turns R rows' scores (in powers of two) into probabilities under the new maxima and adds them to `totals`.
-/// Returns the factors for what was summed before.
+/// Turns R rows' scores (in powers of two) of one block into probabilities under the new maxima and adds them to
+/// `totals`. Returns the factors for what was summed before.
 #[inline(always)]
-fn softmax<L: Lanes, const R: usize>(
+fn softmax<L: Lanes, const R: usize, const N: usize>(
     l: L,
-    scores: &mut [[f32; SOFTMAX_KEYS]; R],
+    scores: &mut Scores<R, N>,
+    block: usize,
     seen: &[(usize, usize); R],
     softcap: Option<f32>,
     largest: &mut [f32],
@@ -259,7 +273,7 @@ fn softmax<L: Lanes, const R: usize>(
 ) -> [f32; LANES] {
     let older = l.load_first(largest, R);
     for r in 0..R {
-        let scores = &mut scores[r];
+        let scores = &mut scores[r][block];
         if seen[r] != (0, SOFTMAX_KEYS) || softcap.is_some() {
             limit(l, scores, seen[r], softcap);
         }
@@ -273,7 +287,7 @@ fn softmax<L: Lanes, const R: usize>(
         let m = l.splat(largest[r]);
         let mut p = [m; PAGES];
         for v in 0..PAGES {
-            let part = &mut scores[r][v * LANES..];
+            let part = &mut scores[r][block][v * LANES..];
             p[v] = l.exp2_below_one(l.sub(l.load(part), m));
             l.store(p[v], part);
         }
@@ -311,81 +325,94 @@ const INDEX: [f32; SOFTMAX_KEYS] = {
     index
 };
 
-/// `sums = sums · shrink + Σ p · value` for R rows and V vectors of dimensions from `vector` on.
-#[allow(clippy::too_many_arguments)]
-#[inline(always)]
-fn weigh<L: Lanes, S: Stored, const R: usize, const V: usize>(
-    l: L,
-    p: &[[f32; SOFTMAX_KEYS]; R],
-    shrink: &[f32; LANES],
-    pages: &[(&[S], &[S]); PAGES],
-    keys: std::ops::Range<usize>,
+/// What the values of N blocks are multiplied by.
+struct Weights<'a, const R: usize, const N: usize> {
+    p: &'a Scores<R, N>,
+    /// For each block a row's factor for what was summed before it.
+    shrink: &'a [[f32; LANES]; N],
+    /// All other keys have p = 0 in every row.
+    keys: Range<usize>,
     head_dim: usize,
-    vector: usize,
-    sums: &mut [f32],
-) {
-    let padded = head_dim.next_multiple_of(LANES);
-    let at = |r: usize, v: usize| r * padded + (vector + v) * LANES;
-    let mut acc = [[l.splat(0.0); V]; R];
-    for r in 0..R {
-        for v in 0..V {
-            acc[r][v] = l.mul(l.load(&sums[at(r, v)..]), l.splat(shrink[r]));
+}
+
+impl<const R: usize, const N: usize> Weights<'_, R, N> {
+    /// `sums = sums · shrink + Σ p · value`, block by block, for V vectors of dimensions from `vector` on.
+    #[inline(always)]
+    fn weigh<L: Lanes, S: Stored, const V: usize>(
+        &self,
+        l: L,
+        pages: &[(&[S], &[S])],
+        vector: usize,
+        sums: &mut [f32],
+    ) {
+        let head_dim = self.head_dim;
+        let padded = head_dim.next_multiple_of(LANES);
+        let at = |r: usize, v: usize| r * padded + (vector + v) * LANES;
+        assert!(self.keys.end <= N * SOFTMAX_KEYS && (vector + V) * LANES <= head_dim);
+        let mut acc = [[l.splat(0.0); V]; R];
+        for r in 0..R {
+            for v in 0..V {
+                acc[r][v] = l.load(&sums[at(r, v)..]);
+            }
         }
-    }
-    assert!(keys.end <= SOFTMAX_KEYS && (vector + V) * LANES <= head_dim);
-    let mut key = keys.start;
-    while key < keys.end {
-        let page = key / BLOCK_TOKENS;
-        let end = keys.end.min((page + 1) * BLOCK_TOKENS);
-        let values = pages[page].1;
-        assert!(values.len() == BLOCK_TOKENS * head_dim);
-        for key in key..end {
-            // SAFETY: `key < SOFTMAX_KEYS`, and its row of `values` has `head_dim` values, among them V vectors
-            // from `vector` on, all just checked.
-            unsafe {
-                let row = values.as_ptr().add(key % BLOCK_TOKENS * head_dim + vector * LANES);
-                let mut x = [l.splat(0.0); V];
-                for v in 0..V {
-                    x[v] = S::vector(l, row.add(v * LANES));
-                }
+        let mut key = self.keys.start;
+        while key < self.keys.end {
+            if key == self.keys.start || key.is_multiple_of(SOFTMAX_KEYS) {
+                let shrink = &self.shrink[key / SOFTMAX_KEYS];
                 for r in 0..R {
-                    let p = l.splat(*p[r].as_ptr().add(key));
                     for v in 0..V {
-                        acc[r][v] = l.fma(p, x[v], acc[r][v]);
+                        acc[r][v] = l.mul(acc[r][v], l.splat(shrink[r]));
                     }
                 }
             }
+            let page = key / BLOCK_TOKENS;
+            let end = self.keys.end.min((page + 1) * BLOCK_TOKENS);
+            let values = pages[page].1;
+            assert!(values.len() == BLOCK_TOKENS * head_dim);
+            for key in key..end {
+                // SAFETY: `key < N * SOFTMAX_KEYS`, and its row of `values` has `head_dim` values, among them V
+                // vectors from `vector` on, all just checked.
+                unsafe {
+                    let row = values.as_ptr().add(key % BLOCK_TOKENS * head_dim + vector * LANES);
+                    let mut x = [l.splat(0.0); V];
+                    for v in 0..V {
+                        x[v] = S::vector(l, row.add(v * LANES));
+                    }
+                    for r in 0..R {
+                        let p = l.splat(*self.p[r].as_ptr().cast::<f32>().add(key));
+                        for v in 0..V {
+                            acc[r][v] = l.fma(p, x[v], acc[r][v]);
+                        }
+                    }
+                }
+            }
+            key = end;
         }
-        key = end;
-    }
-    for r in 0..R {
-        for v in 0..V {
-            l.store(acc[r][v], &mut sums[at(r, v)..]);
+        for r in 0..R {
+            for v in 0..V {
+                l.store(acc[r][v], &mut sums[at(r, v)..]);
+            }
         }
     }
-}
 
-/// As [`weigh`] for the dimensions past the last whole vector.
-#[inline(always)]
-fn weigh_last<L: Lanes, S: Stored, const R: usize>(
-    l: L,
-    p: &[[f32; SOFTMAX_KEYS]; R],
-    shrink: &[f32; LANES],
-    pages: &[(&[S], &[S]); PAGES],
-    keys: std::ops::Range<usize>,
-    head_dim: usize,
-    sums: &mut [f32],
-) {
-    let padded = head_dim.next_multiple_of(LANES);
-    let whole = head_dim / LANES * LANES;
-    for r in 0..R {
-        let sums = &mut sums[r * padded + whole..(r + 1) * padded];
-        let mut acc = l.mul(l.load(sums), l.splat(shrink[r]));
-        for key in keys.clone() {
-            let row = key % BLOCK_TOKENS * head_dim;
-            let x = S::wide(l, &pages[key / BLOCK_TOKENS].1[row + whole..row + head_dim]);
-            acc = l.fma(l.splat(p[r][key]), x, acc);
+    /// As [`Weights::weigh`] for the dimensions past the last whole vector.
+    #[inline(always)]
+    fn weigh_last<L: Lanes, S: Stored>(&self, l: L, pages: &[(&[S], &[S])], sums: &mut [f32]) {
+        let padded = self.head_dim.next_multiple_of(LANES);
+        let whole = self.head_dim / LANES * LANES;
+        for r in 0..R {
+            let sums = &mut sums[r * padded + whole..(r + 1) * padded];
+            let mut acc = l.load(sums);
+            for key in self.keys.clone() {
+                let block = key / SOFTMAX_KEYS;
+                if key == self.keys.start || key.is_multiple_of(SOFTMAX_KEYS) {
+                    acc = l.mul(acc, l.splat(self.shrink[block][r]));
+                }
+                let row = key % BLOCK_TOKENS * self.head_dim;
+                let x = S::wide(l, &pages[key / BLOCK_TOKENS].1[row + whole..row + self.head_dim]);
+                acc = l.fma(l.splat(self.p[r][block][key % SOFTMAX_KEYS]), x, acc);
+            }
+            l.store(acc, sums);
         }
-        l.store(acc, sums);
     }
 }
