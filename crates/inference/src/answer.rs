@@ -23,7 +23,8 @@ pub(crate) struct AnswerSender {
 impl AnswerSender {
     /// An answer's channel with room for `buffer` events beside the last. Counts the request as open and queued.
     pub(crate) fn new(buffer: usize, shared: &Arc<Shared>) -> (AnswerSender, Submission) {
-        let (events, receiver) = mpsc::channel(buffer.max(1) + 1);
+        // A step sends two events at most: the prompt's scores and a token.
+        let (events, receiver) = mpsc::channel(buffer.max(2) + 1);
         let last = events.clone().try_reserve_owned().ok();
         shared.open.fetch_add(1, Relaxed);
         shared.queued.fetch_add(1, Relaxed);
@@ -141,12 +142,18 @@ impl Answer {
         outcome
     }
 
-    fn pick(&mut self, cpu: Cpu, scratch: &mut Scratch, logits: &[f32]) -> Result<(TokenEvent, bool), String> {
+    fn pick(
+        &mut self,
+        cpu: Cpu,
+        scratch: &mut Scratch,
+        logits: &[f32],
+    ) -> Result<(TokenEvent, bool), String> {
         let allowed = match &mut self.grammar {
             Some(grammar) => Some(Allowed(grammar.mask().map_err(|error| error.to_string())?)),
             None => None,
         };
-        let banned = if allowed.is_some() { "the grammar allows no token" } else { "the model put out no number" };
+        let banned =
+            if allowed.is_some() { "the grammar allows no token" } else { "the model put out no number" };
         let id = (self.sampler.pick(cpu, scratch, logits, self.length, allowed))
             .ok_or_else(|| format!("{banned} at index {} of the answer", self.length))?;
         let event = match self.request.logprobs {
@@ -188,11 +195,8 @@ impl Answer {
 
     /// Ends the answer.
     pub(crate) fn finish(self, reason: FinishReason, cached_tokens: usize) {
-        let usage = Usage {
-            prompt_tokens: self.request.prompt.len(),
-            cached_tokens,
-            completion_tokens: self.length,
-        };
+        let usage =
+            Usage { prompt_tokens: self.request.prompt.len(), cached_tokens, completion_tokens: self.length };
         self.sender.end(Event::Finished { reason, usage });
     }
 

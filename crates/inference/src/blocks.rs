@@ -180,7 +180,11 @@ impl BlockPool {
             places[block as usize] += 1;
         }
         for (block, (&owners, &places)) in self.owners.iter().zip(&places).enumerate() {
-            assert_eq!(places, u32::from(owners == 0), "block {block} with {owners} owners is free {places} times");
+            assert_eq!(
+                places,
+                u32::from(owners == 0),
+                "block {block} with {owners} owners is free {places} times"
+            );
         }
         for &block in &self.blank {
             assert!(self.names[block as usize].is_none(), "blank block {block} has a name");

@@ -39,7 +39,10 @@ pub(crate) fn check(
     let ids = [("prompt", &request.prompt), ("emitted", &request.emitted)];
     for (field, ids) in ids {
         if let Some(id) = ids.iter().find(|id| **id as usize >= vocab) {
-            return Err(invalid(field, format!("token id {id} is outside the vocabulary (0 to {})", vocab - 1)));
+            return Err(invalid(
+                field,
+                format!("token id {id} is outside the vocabulary (0 to {})", vocab - 1),
+            ));
         }
     }
     if emitted > request.max_tokens {
@@ -72,7 +75,8 @@ pub(crate) fn check(
     };
 
     let ended = grammar.as_ref().is_some_and(GrammarState::is_finished)
-        || !request.ignore_end && request.emitted.last().is_some_and(|last| request.end_tokens.contains(last));
+        || !request.ignore_end
+            && request.emitted.last().is_some_and(|last| request.end_tokens.contains(last));
     let (limit, at_limit) = if ended {
         (prompt + emitted, FinishReason::Stop)
     } else {
@@ -107,7 +111,10 @@ fn check_sampling(sampling: &Sampling, vocab: usize) -> Result<(), SubmitError> 
             return Err(invalid("logit_bias", reason));
         }
         if bias.is_nan() || bias == f32::INFINITY {
-            return Err(invalid("logit_bias", format!("the bias of token {token} is {bias}; it takes a number")));
+            return Err(invalid(
+                "logit_bias",
+                format!("the bias of token {token} is {bias}; it takes a number"),
+            ));
         }
     }
     Ok(())

@@ -70,7 +70,8 @@ impl Runner for HashRunner {
         for span in batch.spans {
             for row in 0..span.rows {
                 let position = span.first_position + row;
-                self.slots[slot(span.blocks, position)] = Some((position, batch.tokens[span.first_row + row]));
+                self.slots[slot(span.blocks, position)] =
+                    Some((position, batch.tokens[span.first_row + row]));
             }
         }
         out.clear();

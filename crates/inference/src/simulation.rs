@@ -56,7 +56,11 @@ impl World {
         let before = self.shared.step_rows.load(Relaxed);
         let turn = self.core.turn(now).expect("the fake never fails");
         let rows = self.shared.step_rows.load(Relaxed) - before;
-        assert!(rows <= self.limits.step_tokens as u64, "{rows} rows in a step of {}", self.limits.step_tokens);
+        assert!(
+            rows <= self.limits.step_tokens as u64,
+            "{rows} rows in a step of {}",
+            self.limits.step_tokens
+        );
         self.core.scheduler().check();
         turn
     }
@@ -173,8 +177,12 @@ struct Client {
     over: bool,
 }
 
-fn client(rng: &mut Philox, clock: &VirtualClock, max_context: usize) -> Client {
+fn client(rng: &mut Philox, clock: &VirtualClock, max_context: usize, before: &[Client]) -> Client {
     let mut request = request(rng, max_context);
+    // Some ask again what another asked: also the answer's blocks are in the cache then.
+    if let Some(other) = before.last().filter(|_| rng.chance(0.3)) {
+        request = Request { emitted: Vec::new(), deadline: None, ..other.request.clone() };
+    }
     let expected = alone(&request);
     let mut skipped = 0;
     if rng.chance(0.25) {
@@ -265,7 +273,10 @@ fn simulate(seed: u64) -> (u64, u64) {
     let buffer = one_of(&mut rng, &[2, 3, 16, 100]);
     let mut world = World::new(limits, blocks, buffer);
     let count = 1 + rng.below(12);
-    let mut clients: Vec<Client> = (0..count).map(|_| client(&mut rng, &clock, world.max_context)).collect();
+    let mut clients: Vec<Client> = Vec::new();
+    for _ in 0..count {
+        clients.push(client(&mut rng, &clock, world.max_context, &clients));
+    }
 
     let work: usize = clients.iter().map(|c| c.request.prompt.len() + c.request.max_tokens).sum();
     // Generous, but no hang passes: recomputation, dead readers' patience (100 turns) and slow readers.
@@ -286,7 +297,11 @@ fn simulate(seed: u64) -> (u64, u64) {
         let now = world.core.scheduler().oldest_progress();
         stuck = if now.is_some() && now == oldest { stuck + 1 } else { 0 };
         oldest = now;
-        assert!(stuck <= limits.max_running + 2, "seed {seed}: {oldest:?} stands still");
+        let scheduler = world.core.scheduler();
+        assert!(
+            stuck <= limits.max_running + 2,
+            "seed {seed}: {oldest:?} stands still: {limits:?} {scheduler:#?}"
+        );
         let arrived = clients.iter().all(|client| client.arrives <= turn);
         if arrived && ran == Turn::Idle && clients.iter().all(|c| c.over || c.reader == Reader::Dead) {
             break;
@@ -305,7 +320,7 @@ fn simulate(seed: u64) -> (u64, u64) {
 #[test]
 fn every_schedule_gives_the_answers_of_an_engine_alone() {
     let first = std::env::var("CONSORT_TEST_SEED").ok().and_then(|seed| seed.parse::<u64>().ok());
-    let seeds = first.map_or(0..1500, |seed| seed..seed + 1);
+    let seeds = first.map_or(0..4000, |seed| seed..seed + 1);
     let whole = seeds.end > seeds.start + 1;
     let (mut preemptions, mut hits) = (0, 0);
     for seed in seeds {
@@ -318,7 +333,7 @@ fn every_schedule_gives_the_answers_of_an_engine_alone() {
         hits += evidence.1;
     }
     if whole {
-        assert!(preemptions > 500, "the schedules preempt too rarely to mean much: {preemptions}");
+        assert!(preemptions > 2000, "the schedules preempt too rarely to mean much: {preemptions}");
         assert!(hits > 10_000, "the schedules share too little to mean much: {hits}");
     }
 }
@@ -331,7 +346,10 @@ fn equal_prompts_at_once_are_computed_once() {
     let prompt: Vec<u32> = (0..200).map(|i| i % VOCAB as u32).collect();
     let mut all: Vec<Submission> = (0..8)
         .map(|_| {
-            world.submit(Request { prompt: prompt.clone(), ..request(&mut Philox::new(1, 1), world.max_context) })
+            world.submit(Request {
+                prompt: prompt.clone(),
+                ..request(&mut Philox::new(1, 1), world.max_context)
+            })
         })
         .collect();
     let now = Instant::now();
@@ -366,15 +384,16 @@ fn long_and_short_prompts_share_the_steps() {
     let now = Instant::now();
     let mut turns = 0;
     let (mut short_done, mut long_done) = (None, None);
+    let mut others = Vec::new();
     while short_done.is_none() || long_done.is_none() {
         // A new short prompt with every turn.
-        let _unread = world.submit(Request { prompt: vec![3; 30], ..base.clone() });
+        others.push(world.submit(Request { prompt: vec![3; 30], ..base.clone() }));
         world.turn(now);
-        std::mem::forget(_unread);
         turns += 1;
         short_done = short_done.or(short.events.try_recv().ok().map(|_| turns));
         long_done = long_done.or(long.events.try_recv().ok().map(|_| turns));
     }
-    assert!(short_done <= Some(2), "the short prompt waited {short_done:?} turns");
+    // First come, first served would make it wait for the long one: 16 turns.
+    assert!(short_done <= Some(8), "the short prompt waited {short_done:?} turns");
     assert!(long_done <= Some(1000 / 32 + 1), "the long prompt waited {long_done:?} turns");
 }

@@ -140,7 +140,8 @@ mod tests {
 
     /// Everything shown, and the stop that ended it.
     fn cut(stops: &[&str], pieces: &[&str]) -> (String, Option<usize>) {
-        let mut cutter = Cutter { stops: stops.iter().map(|s| (*s).to_owned()).collect(), held: String::new() };
+        let mut cutter =
+            Cutter { stops: stops.iter().map(|s| (*s).to_owned()).collect(), held: String::new() };
         let mut shown = String::new();
         for piece in pieces {
             let (text, stop) = cutter.push(piece);
@@ -166,7 +167,11 @@ mod tests {
     #[test]
     fn the_first_complete_stop_wins() {
         assert_eq!(cut(&["bcd", "c"], &["abcd"]), ("ab".into(), Some(1)));
-        assert_eq!(cut(&["c", "bc"], &["abcd"]), ("a".into(), Some(1)), "both end at c: the one that starts first");
+        assert_eq!(
+            cut(&["c", "bc"], &["abcd"]),
+            ("a".into(), Some(1)),
+            "both end at c: the one that starts first"
+        );
     }
 
     #[test]

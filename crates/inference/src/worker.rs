@@ -43,7 +43,10 @@ pub(crate) struct Job {
 pub(crate) enum Command {
     Submit(Box<Job>),
     /// Hands over what still runs at `until`; answers when nothing is left.
-    Drain { until: Instant, done: Sender<()> },
+    Drain {
+        until: Instant,
+        done: Sender<()>,
+    },
 }
 
 /// What a turn did.
@@ -250,7 +253,8 @@ impl<R: Runner> Core<R> {
                 let scored = (chunk.scored.0..chunk.scored.1)
                     .zip(rows.by_ref())
                     .map(|(row, logits)| (logits, targets[row]));
-                let sampled = logits.len().checked_sub(vocab).filter(|_| chunk.samples).map(|at| &logits[at..]);
+                let sampled =
+                    logits.len().checked_sub(vocab).filter(|_| chunk.samples).map(|at| &logits[at..]);
                 *outcome = answer.step(cpu, &mut scratch, scored, sampled);
             }
         };
@@ -259,7 +263,10 @@ impl<R: Runner> Core<R> {
         } else {
             work(0);
         }
-        tasks.into_iter().map(|task| task.into_inner().unwrap_or_else(PoisonError::into_inner).outcome).collect()
+        tasks
+            .into_iter()
+            .map(|task| task.into_inner().unwrap_or_else(PoisonError::into_inner).outcome)
+            .collect()
     }
 
     /// Books what was computed, sends what was picked, ends what is over.

@@ -108,7 +108,9 @@ fn prompt_scores_come_once_before_the_first_token() {
 
     let only = Request { max_tokens: 0, ..scored };
     let got = events(engine.submit(only).expect("taken"));
-    assert!(matches!(&got[..], [Event::Prompt(all), Event::Finished { reason: FinishReason::Length, .. }] if all.len() == 49));
+    assert!(
+        matches!(&got[..], [Event::Prompt(all), Event::Finished { reason: FinishReason::Length, .. }] if all.len() == 49)
+    );
 }
 
 #[test]
@@ -164,7 +166,8 @@ fn refusals_name_the_field_and_the_numbers() {
 
 #[test]
 fn the_queue_is_bounded() {
-    let options = EngineOptions { max_running: 1, max_queued: 2, answer_buffer: 1, ..EngineOptions::default() };
+    let options =
+        EngineOptions { max_running: 1, max_queued: 2, answer_buffer: 1, ..EngineOptions::default() };
     let engine = engine(options);
     // Unread: each answer pauses after an event, so all stay open.
     let taken: Vec<_> = (0..3).map(|i| engine.submit(request([i], 400)).expect("taken")).collect();
@@ -227,7 +230,10 @@ fn a_dead_engine_fails_everything_and_hangs_nobody() {
         let taken: Vec<_> = (0..4).map(|i| engine.submit(request([i], 400))).collect();
         for submission in taken.into_iter().flatten() {
             let got = events(submission);
-            assert!(matches!(got.last(), Some(Event::Failed { reason }) if reason.contains("stopped")), "{got:?}");
+            assert!(
+                matches!(got.last(), Some(Event::Failed { reason }) if reason.contains("stopped")),
+                "{got:?}"
+            );
         }
         let last = (0..1000).map(|_| engine.submit(request([1], 4))).find_map(|result| match result {
             // The inbox closes a moment after the answers fail.

@@ -18,5 +18,9 @@ pub fn token_event(cpu: Cpu, scratch: &mut Scratch, logits: &[f32], id: u32, top
         peaks.top_k(Row::plain(logits), top, candidates);
         candidates.sort_unstable_by(Candidate::order);
     }
-    TokenEvent { id, logprob, top: candidates.iter().map(|c| (c.id, logits[c.id as usize] - normalizer)).collect() }
+    TokenEvent {
+        id,
+        logprob,
+        top: candidates.iter().map(|c| (c.id, logits[c.id as usize] - normalizer)).collect(),
+    }
 }

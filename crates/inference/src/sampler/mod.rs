@@ -21,8 +21,8 @@
 //! prompt's and the answer's tokens count the same when they were emitted by another replica, and the position is the index in the
 //! answer, so a resumed answer goes on exactly.
 //!
-//! Only additions, multiplications, comparisons and software logarithms (`libm`) are used, so the same logits give
-//! the same token on every machine.
+//! Beside the kernels' log-sum-exp (top-p's total) only additions, multiplications, comparisons and software
+//! logarithms (`libm`) are used, so the same logits give the same token wherever the fingerprint is the same.
 //!
 //! # Cost
 //!
@@ -51,6 +51,9 @@ use peaks::{Candidate, Peaks, Row};
 /// Temperatures below this are greedy.
 pub const GREEDY_BELOW: f32 = 1e-5;
 
+/// Up to here candidates are looked at one by one.
+const FEW: usize = 256;
+
 /// One answer's sampler: its parameters and the tokens that penalties count.
 #[derive(Clone, Debug)]
 pub struct Sampler {
@@ -65,6 +68,7 @@ pub struct Sampler {
 #[derive(Debug, Default)]
 pub struct Scratch {
     row: Vec<f32>,
+    tempered: Vec<f32>,
     peaks: Peaks,
     candidates: Vec<Candidate>,
 }
@@ -104,7 +108,7 @@ impl Sampler {
         position: usize,
         allowed: Option<Allowed<'_>>,
     ) -> Option<u32> {
-        let Scratch { row, peaks, candidates } = scratch;
+        let Scratch { row, tempered, peaks, candidates } = scratch;
         let logits = if self.changes_logits() || allowed.is_some() {
             row.clear();
             row.extend_from_slice(logits);
@@ -126,7 +130,8 @@ impl Sampler {
         peaks.find(logits);
         let row = Row::new(logits, peaks.largest()?, temperature);
         let noise = noise::Noise::new(self.sampling.seed, position);
-        let min_p = if self.sampling.min_p > 0.0 { libm::logf(self.sampling.min_p) } else { f32::NEG_INFINITY };
+        let min_p =
+            if self.sampling.min_p > 0.0 { libm::logf(self.sampling.min_p) } else { f32::NEG_INFINITY };
         let top_k = self.sampling.top_k as usize;
         let limits_k = top_k > 0 && top_k < logits.len();
         let limits_p = self.sampling.top_p < 1.0;
@@ -141,22 +146,24 @@ impl Sampler {
                 let kept = weight::nucleus(candidates, weight::target(total, top_p));
                 candidates.truncate(kept);
             } else {
-                weight::nucleus_of_row(row, peaks, top_p, candidates);
+                weight::nucleus_of_row(cpu, row, peaks, top_p, tempered, candidates);
             }
         }
+        // What is left is a start of the order: a few candidates, or all tokens up to a last one.
+        let mut last = Candidate { x: min_p, id: u32::MAX };
         if limits_k || limits_p {
             candidates.retain(|candidate| candidate.x >= min_p);
-            return noise.pick(candidates);
+            if candidates.len() <= FEW {
+                return noise.pick(candidates);
+            }
+            last = candidates.iter().copied().max_by(Candidate::order).unwrap_or(last);
         }
-        if min_p > f32::NEG_INFINITY {
-            peaks.at_least(row, min_p, candidates);
-            return noise.pick(candidates);
-        }
-        noise.pick_of_row(row, peaks)
+        noise.pick_of_row(row, peaks, last)
     }
 
     fn changes_logits(&self) -> bool {
-        let Sampling { presence_penalty, frequency_penalty, repetition_penalty, logit_bias, .. } = &self.sampling;
+        let Sampling { presence_penalty, frequency_penalty, repetition_penalty, logit_bias, .. } =
+            &self.sampling;
         *presence_penalty != 0.0
             || *frequency_penalty != 0.0
             || *repetition_penalty != 1.0
@@ -164,12 +171,14 @@ impl Sampler {
     }
 
     fn penalize(&self, row: &mut [f32]) {
-        let Sampling { presence_penalty, frequency_penalty, repetition_penalty, logit_bias, .. } = &self.sampling;
+        let Sampling { presence_penalty, frequency_penalty, repetition_penalty, logit_bias, .. } =
+            &self.sampling;
         if *repetition_penalty != 1.0 {
             let answer = self.counts.keys().filter(|token| self.prompt.binary_search(token).is_err());
             for &token in self.prompt.iter().chain(answer) {
                 if let Some(logit) = row.get_mut(token as usize) {
-                    *logit = if *logit > 0.0 { *logit / repetition_penalty } else { *logit * repetition_penalty };
+                    *logit =
+                        if *logit > 0.0 { *logit / repetition_penalty } else { *logit * repetition_penalty };
                 }
             }
         }

@@ -45,6 +45,12 @@ impl<'a> Row<'a> {
         Row { logits, largest: 0.0, inverse_temperature: 1.0 }
     }
 
+    /// All tempered values, into `out`.
+    pub fn tempered(&self, out: &mut Vec<f32>) {
+        out.clear();
+        out.extend(self.logits.iter().map(|&logit| self.x(logit)));
+    }
+
     /// The tempered value of a logit: monotone; NaN for NaN.
     #[inline(always)]
     pub fn x(&self, logit: f32) -> f32 {
@@ -76,6 +82,11 @@ impl Peaks {
     pub fn largest(&self) -> Option<f32> {
         let largest = chunk_peak(&self.peaks);
         (largest > f32::NEG_INFINITY).then_some(largest)
+    }
+
+    /// The largest logit of the chunk that starts at token `first`.
+    pub fn of_chunk(&self, first: usize) -> f32 {
+        self.peaks[first / CHUNK]
     }
 
     /// Chunks of the row whose largest x is at least `floor`, with the index of their first token.

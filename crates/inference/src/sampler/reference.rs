@@ -3,8 +3,11 @@
 use std::cmp::Ordering;
 use std::collections::HashMap;
 
+use consort_tensor::Cpu;
+
 use super::noise::Noise;
-use super::weight::{target, weight};
+use super::peaks::Row;
+use super::weight::{target, total, weight};
 use super::{Allowed, GREEDY_BELOW};
 use crate::request::Sampling;
 
@@ -45,8 +48,9 @@ pub(super) fn pick(
                 *logit = f32::NEG_INFINITY;
             }
         }
-        *logit = number(*logit);
     }
+    let raw = row.clone();
+    row.iter_mut().for_each(|logit| *logit = number(*logit));
 
     let largest = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
     if largest == f32::NEG_INFINITY {
@@ -67,7 +71,14 @@ pub(super) fn pick(
         kept.truncate(sampling.top_k as usize);
     }
     if sampling.top_p < 1.0 {
-        let target = target(kept.iter().map(|(x, _)| u64::from(weight(*x))).sum(), f64::from(sampling.top_p));
+        let all = sampling.top_k == 0 || sampling.top_k as usize >= logits.len();
+        let total = if all {
+            // Shared with the fast one; a test of its own compares it with the sum.
+            total(Cpu::detect(), Row::new(&raw, largest, sampling.temperature), &mut Vec::new())
+        } else {
+            kept.iter().map(|(x, _)| u64::from(weight(*x))).sum()
+        };
+        let target = target(total, f64::from(sampling.top_p));
         let mut mass = 0;
         let reached = kept.iter().position(|(x, _)| {
             mass += u64::from(weight(*x));
