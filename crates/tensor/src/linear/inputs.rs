@@ -1,5 +1,7 @@
 //! Input rows turned into what the weights want, once, however many matrices read them.
 
+use std::ops::Range;
+
 use super::quantize::Quantize;
 use super::tile::{BLOCK_WORDS, HALF_WORDS, Tiles};
 use crate::lanes;
@@ -59,17 +61,31 @@ impl Inputs {
         self.halves.resize(rows * row_halves, 0);
         let tiles = Tiles::new(rows);
         let (words, halves) = (Disjoint::new(&mut self.words), Disjoint::new(&mut self.halves));
-        let one = |index: usize| {
-            let (first, count) = tiles.tile(index);
-            let part = |per_row: usize| first * per_row..(first + count) * per_row;
-            // SAFETY: tiles are disjoint ranges of rows, and each is prepared once.
-            let (words, halves) = unsafe { (words.part(part(row_words)), halves.part(part(row_halves))) };
-            prepare_tile(pool.cpu(), &x[part(cols)], cols, kind, words, halves);
+        // Work is shared out in blocks of columns of a tile, since a batch of a few rows is a single tile.
+        let blocks = cols.div_ceil(BLOCK);
+        let some = |mut share: Range<usize>| {
+            while !share.is_empty() {
+                let (tile, block) = (share.start / blocks, share.start % blocks);
+                let end = blocks.min(block + share.len());
+                share.start += end - block;
+                let (first, count) = tiles.tile(tile);
+                let columns = block * BLOCK..(end * BLOCK).min(cols);
+                let part = |words: fn(InputKind, usize) -> usize, per_row: usize| {
+                    first * per_row + count * words(kind, columns.start)
+                        ..first * per_row + count * words(kind, columns.end)
+                };
+                // SAFETY: blocks of tiles are disjoint ranges of words, and each is prepared once.
+                let (words, halves) = unsafe {
+                    (words.part(part(words_before, row_words)), halves.part(part(halves_before, row_halves)))
+                };
+                let x = &x[first * cols..(first + count) * cols];
+                prepare_columns(pool.cpu(), kind, Columns { x, cols, columns, words, halves });
+            }
         };
         if x.len() <= ALONE {
-            (0..tiles.count).for_each(one);
+            some(0..tiles.count * blocks);
         } else {
-            pool.run(|worker| worker.split(tiles.count, 1).for_each(one));
+            pool.run(|worker| some(worker.split(tiles.count * blocks, 1)));
         }
     }
 
@@ -97,24 +113,46 @@ impl Inputs {
 
 /// Words that a prepared row takes, and words of its halves.
 fn row_words(kind: InputKind, cols: usize) -> (usize, usize) {
+    let whole = kind != InputKind::Int8 || cols.is_multiple_of(BLOCK);
+    assert!(whole, "{cols} columns are not blocks of {BLOCK}");
+    (words_before(kind, cols), halves_before(kind, cols))
+}
+
+/// Words of a row before `column`, the first of a block or the row's end.
+fn words_before(kind: InputKind, column: usize) -> usize {
     match kind {
-        InputKind::F32 => (cols, 0),
-        InputKind::Bf16 => (cols.div_ceil(2), 0),
-        InputKind::Int8 => {
-            assert!(cols.is_multiple_of(BLOCK), "{cols} columns are not blocks of {BLOCK}");
-            (cols / BLOCK * BLOCK_WORDS, cols / BLOCK * HALF_WORDS)
-        }
+        InputKind::F32 => column,
+        InputKind::Bf16 => column.div_ceil(2),
+        InputKind::Int8 => column / BLOCK * BLOCK_WORDS,
     }
 }
 
-fn prepare_tile(cpu: Cpu, x: &[f32], cols: usize, kind: InputKind, words: &mut [u32], halves: &mut [u32]) {
+/// Words of a row's halves before `column`.
+fn halves_before(kind: InputKind, column: usize) -> usize {
+    if kind == InputKind::Int8 { column / BLOCK * HALF_WORDS } else { 0 }
+}
+
+/// Some columns of all rows of a tile, and where they go.
+pub(super) struct Columns<'a> {
+    /// The tile's rows, `cols` values each.
+    pub(super) x: &'a [f32],
+    pub(super) cols: usize,
+    /// Whole blocks, the row's last aside.
+    pub(super) columns: Range<usize>,
+    /// The tile's words (see [`super::tile::Tile::words`]) and halves of these columns.
+    pub(super) words: &'a mut [u32],
+    pub(super) halves: &'a mut [u32],
+}
+
+fn prepare_columns(cpu: Cpu, kind: InputKind, columns: Columns<'_>) {
     match kind {
-        InputKind::Int8 => lanes::dispatch(cpu, Quantize { x, cols, words, halves }),
-        InputKind::Bf16 => lanes::dispatch(cpu, Pairs { x, cols, words }),
+        InputKind::Int8 => lanes::dispatch(cpu, Quantize(columns)),
+        InputKind::Bf16 => lanes::dispatch(cpu, Pairs(columns)),
         InputKind::F32 => {
+            let Columns { x, cols, columns, words, .. } = columns;
             let rows = x.len() / cols;
             for (row, x) in x.chunks_exact(cols).enumerate() {
-                for (x, to) in x.iter().zip(words[row..].iter_mut().step_by(rows)) {
+                for (x, to) in x[columns.clone()].iter().zip(words[row..].iter_mut().step_by(rows)) {
                     *to = x.to_bits();
                 }
             }
@@ -122,22 +160,19 @@ fn prepare_tile(cpu: Cpu, x: &[f32], cols: usize, kind: InputKind, words: &mut [
     }
 }
 
-/// The rows of one tile as pairs of bf16: integer arithmetic, which the compiler puts into vectors for each family.
-struct Pairs<'a> {
-    x: &'a [f32],
-    cols: usize,
-    words: &'a mut [u32],
-}
+/// Pairs of bf16: integer arithmetic, which the compiler puts into vectors for each family.
+struct Pairs<'a>(Columns<'a>);
 
 impl lanes::Kernel for Pairs<'_> {
     type Output = ();
 
     #[inline(always)]
     fn call<L: lanes::Lanes>(self, _: L) {
-        let rows = self.x.len() / self.cols;
-        for (row, x) in self.x.chunks_exact(self.cols).enumerate() {
-            let mut words = self.words[row..].iter_mut().step_by(rows);
-            let (blocks, rest) = x.as_chunks::<BLOCK>();
+        let Columns { x, cols, columns, words, .. } = self.0;
+        let rows = x.len() / cols;
+        for (row, x) in x.chunks_exact(cols).enumerate() {
+            let mut words = words[row..].iter_mut().step_by(rows);
+            let (blocks, rest) = x[columns.clone()].as_chunks::<BLOCK>();
             for x in blocks {
                 let pairs: [u32; BLOCK / 2] = std::array::from_fn(|i| bf16_pair(x[2 * i], x[2 * i + 1]));
                 for pair in pairs {

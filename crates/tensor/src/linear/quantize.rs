@@ -3,6 +3,7 @@
 //! A token of a small model rounds 100,000 values, so this runs on vectors too: two of them hold a block, and all
 //! that crosses lanes is exact in any order (a maximum, and sums of whole numbers below 2²⁴).
 
+use super::inputs::Columns;
 use super::tile::{BLOCK_WORDS, HALF_WORDS};
 use crate::lanes::{Kernel, LANES, Lanes};
 use crate::matrix::panel::BLOCK;
@@ -10,36 +11,37 @@ use crate::matrix::panel::BLOCK;
 /// The largest magnitude that counts as zero, so that its inverse is finite.
 pub(crate) const TINY: f32 = f32::from_bits(27 << 23);
 
-/// The rows of one tile, `cols` values each, into that tile's words and halves (see [`super::tile::Tile`]).
-pub(super) struct Quantize<'a> {
-    pub(super) x: &'a [f32],
-    pub(super) cols: usize,
-    pub(super) words: &'a mut [u32],
-    pub(super) halves: &'a mut [u32],
-}
+/// Columns of a tile as blocks.
+pub(super) struct Quantize<'a>(pub(super) Columns<'a>);
 
 impl Kernel for Quantize<'_> {
     type Output = ();
 
     #[inline(always)]
     fn call<L: Lanes>(self, l: L) {
-        let rows = self.x.len() / self.cols;
-        for (row, x) in self.x.chunks_exact(self.cols).enumerate() {
-            let words = self.words.chunks_exact_mut(BLOCK_WORDS * rows);
-            let blocks = words.zip(self.halves.chunks_exact_mut(HALF_WORDS * rows));
-            for (x, (words, halves)) in x.chunks_exact(BLOCK).zip(blocks) {
+        let Columns { x, cols, columns, words, halves } = self.0;
+        let rows = x.len() / cols;
+        let blocks = columns.len() / BLOCK;
+        assert!(words.len() == blocks * BLOCK_WORDS * rows && halves.len() == blocks * HALF_WORDS * rows);
+        for (row, x) in x.chunks_exact(cols).enumerate() {
+            for (index, x) in x[columns.clone()].chunks_exact(BLOCK).enumerate() {
                 let block = quantize(l, x);
-                for (group, codes) in block.codes.as_chunks::<4>().0.iter().enumerate() {
-                    words[group * rows + row] = u32::from_le_bytes(codes.map(|code| code as u8));
+                // SAFETY: `index < blocks` and `row < rows`, and the words and halves have the lengths asserted.
+                unsafe {
+                    let words = words.as_mut_ptr().add(index * BLOCK_WORDS * rows + row);
+                    for (group, codes) in block.codes.as_chunks::<4>().0.iter().enumerate() {
+                        words.add(group * rows).write(u32::from_le_bytes(codes.map(|code| code as u8)));
+                    }
+                    let [first, second] = block.sums;
+                    words.add(8 * rows).write(block.scale.to_bits());
+                    words.add(9 * rows).write((block.scale * (first + second) as f32).to_bits());
+                    words.add(10 * rows).write(-(first + second) as u32);
+                    let halves = halves.as_mut_ptr().add(index * HALF_WORDS * rows + row);
+                    halves.write(-first as u32);
+                    halves.add(rows).write(-second as u32);
+                    halves.add(2 * rows).write((block.scale * first as f32).to_bits());
+                    halves.add(3 * rows).write((block.scale * second as f32).to_bits());
                 }
-                let [first, second] = block.sums;
-                words[8 * rows + row] = block.scale.to_bits();
-                words[9 * rows + row] = (block.scale * (first + second) as f32).to_bits();
-                words[10 * rows + row] = -(first + second) as u32;
-                halves[row] = -first as u32;
-                halves[rows + row] = -second as u32;
-                halves[2 * rows + row] = (block.scale * first as f32).to_bits();
-                halves[3 * rows + row] = (block.scale * second as f32).to_bits();
             }
         }
     }
@@ -104,7 +106,9 @@ mod tests {
             for cpu in cpus() {
                 let mut words = vec![7; 5 * cols / BLOCK * BLOCK_WORDS];
                 let mut halves = vec![7; 5 * cols / BLOCK * HALF_WORDS];
-                lanes::dispatch(cpu, Quantize { x: &x, cols, words: &mut words, halves: &mut halves });
+                let columns =
+                    Columns { x: &x, cols, columns: 0..cols, words: &mut words, halves: &mut halves };
+                lanes::dispatch(cpu, Quantize(columns));
                 let got = (words, halves);
                 assert!(*expected.get_or_insert_with(|| got.clone()) == got, "{special} on {cpu:?}");
             }
