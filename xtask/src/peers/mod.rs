@@ -41,6 +41,9 @@ pub(crate) struct PeersArguments {
     /// What to measure.
     #[arg(long, value_delimiter = ',', default_value = "single,load,start")]
     parts: Vec<Part>,
+    /// Measures the release build that is there instead of making one.
+    #[arg(long)]
+    no_build: bool,
     /// Prints the pairs as JSON and writes no document.
     #[arg(long)]
     json: bool,
@@ -83,12 +86,12 @@ pub(crate) fn compare(root: &Path, arguments: &PeersArguments) -> Result<()> {
     let work = target_folder(root).join("peers");
     fs::create_dir_all(&work).with_context(|| format!("cannot make {}", work.display()))?;
     let note = |text: &str| eprintln!("xtask: {text}");
-    note("building consort (release)");
-    run(&mut cargo(root, ["build", "--release", "--quiet", "-p", "consort"]))?;
-    run(&mut cargo(
-        root,
-        ["build", "--release", "--quiet", "-p", "consort-inference", "--example", "engine_bench"],
-    ))?;
+    if !arguments.no_build {
+        note("building consort (release)");
+        let example = ["--example", "engine_bench"];
+        run(&mut cargo(root, ["build", "--release", "--quiet", "-p", "consort"]))?;
+        run(cargo(root, ["build", "--release", "--quiet", "-p", "consort-inference"]).args(example))?;
+    }
     let release = target_folder(root).join("release");
     let sides = Sides {
         consort: release.join("consort"),
