@@ -27,6 +27,8 @@ pub const MAX_GRAMMAR_BYTES: usize = 256 * 1024;
 pub const MAX_REGEX_BYTES: usize = 16 * 1024;
 /// Deepest nesting of a schema.
 pub const MAX_SCHEMA_DEPTH: usize = 64;
+/// Deepest nesting of brackets in a regular expression or a Lark grammar (which may hold a schema).
+pub const MAX_NESTING: usize = 160;
 
 /// Tokens longer than this are never allowed under a grammar: the trie's walk recurses once a byte.
 const MAX_TOKEN_BYTES: usize = 200;
@@ -98,10 +100,12 @@ impl GrammarEngine {
             Grammar::JsonSchema(schema) => TopLevelGrammar::from_json_schema(prepare_schema(schema)?),
             Grammar::Lark(source) => {
                 check_length("grammar", source.len(), MAX_GRAMMAR_BYTES)?;
+                check_brackets(source)?;
                 TopLevelGrammar::from_lark(source.clone())
             }
             Grammar::Regex(source) => {
                 check_length("regular expression", source.len(), MAX_REGEX_BYTES)?;
+                check_brackets(source)?;
                 TopLevelGrammar::from_regex(source)
             }
         };
@@ -117,7 +121,12 @@ impl GrammarEngine {
         if let Some(reason) = matcher.get_error() {
             return Err(GrammarError::Invalid { reason: explain(&reason) });
         }
-        Ok(GrammarState { matcher, mask: None })
+        let mut state = GrammarState { matcher, mask: None };
+        // The first mask too, here and not on the engine's thread. There is none where nothing can be said.
+        if state.mask().is_err() {
+            return Err(GrammarError::Invalid { reason: "no answer can satisfy this grammar".into() });
+        }
+        Ok(state)
     }
 }
 
@@ -253,6 +262,22 @@ fn check_depth(value: &Value, depth: usize) -> Result<(), GrammarError> {
     }
 }
 
+/// Refuses sources that could nest deeper than a recursive parser's stack: counts opening brackets as if none in a
+/// string or a class were text, which errs on the safe side.
+fn check_brackets(source: &str) -> Result<(), GrammarError> {
+    let mut depth = 0usize;
+    let mut deepest = 0;
+    for byte in source.bytes() {
+        match byte {
+            b'(' | b'[' | b'{' => depth += 1,
+            b')' | b']' | b'}' => depth = depth.saturating_sub(1),
+            _ => {}
+        }
+        deepest = deepest.max(depth);
+    }
+    check_length("grammar's nesting", deepest, MAX_NESTING)
+}
+
 /// llguidance's messages, without backtraces and parser state, in terms of the request.
 fn explain(message: &str) -> String {
     let end = ["\n<backtrace>", "\n<state>", "\n<non-verbose/>"].iter().filter_map(|m| message.find(m)).min();
@@ -312,3 +337,6 @@ fn trie_word(tokenizer: &Tokenizer, id: u32) -> Vec<u8> {
     let taken = bytes.len() <= MAX_TOKEN_BYTES && bytes.first() != Some(&TokTrie::SPECIAL_TOKEN_MARKER);
     if taken { bytes.to_vec() } else { Vec::new() }
 }
+
+#[cfg(test)]
+mod tests;

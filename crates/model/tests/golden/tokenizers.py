@@ -143,14 +143,30 @@ def train_sentence_piece():
     )
     specials = ["<unk>", "<s>", "</s>"] + [f"<0x{b:02X}>" for b in range(256)]
     trainer = trainers.BpeTrainer(vocab_size=900, limit_alphabet=120, special_tokens=specials, show_progress=False, max_token_length=12)
-    tokenizer.train_from_iterator(CORPUS, trainer)
+    # No vocabulary has `<|im_end|>` as an ordinary piece (ours would not be merged to it).
+    tokenizer.train_from_iterator([text for text in CORPUS if "<|" not in text], trainer)
     # The trainer made the bytes special tokens; in Llama's file they are ordinary.
     saved = json.loads(tokenizer.to_str())
     saved["added_tokens"] = [t for t in saved["added_tokens"] if not t["content"].startswith("<0x")]
+    # SentencePiece merges any two neighbours that spell a piece, not only those that made it in training.
+    vocab, order = saved["model"]["vocab"], {}
+    for at, merge in enumerate(saved["model"]["merges"]):
+        order.setdefault("".join(merge), at)
+    saved["model"]["merges"] = all_merges(vocab, order)
     (HERE / "sentence_piece").mkdir(parents=True, exist_ok=True)
     (HERE / "sentence_piece/tokenizer.json").write_text(json.dumps(saved, ensure_ascii=False))
     tokenizer = Tokenizer.from_str(json.dumps(saved))
     dump(HERE / "sentence_piece.json", {"llama": record(tokenizer)})
+
+
+def all_merges(vocab, order):
+    """Every pair of pieces that spells a piece, by the piece's order."""
+    merges = []
+    for token, key in order.items():
+        for at in range(1, len(token)):
+            if token[:at] in vocab and token[at:] in vocab:
+                merges.append((key, vocab[token], vocab[token[:at]], token[:at], token[at:]))
+    return [(left, right) for *_, left, right in sorted(merges)]
 
 
 def from_gguf(path):
@@ -166,13 +182,7 @@ def from_gguf(path):
         tokenizer.pre_tokenizer = byte_level(field("pre"))
     else:
         scores = field("scores")
-        merges = []
-        for token, id in vocab.items():
-            if types[id] in (1, 4):
-                for at in range(1, len(token)):
-                    if token[:at] in vocab and token[at:] in vocab:
-                        merges.append((-scores[id], id, vocab[token[:at]], token[:at], token[at:]))
-        merges = [(left, right) for *_, left, right in sorted(merges)]
+        merges = all_merges(vocab, {t: -scores[id] for t, id in vocab.items() if types[id] in (1, 4)})
         tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, byte_fallback=True, unk_token="<unk>", fuse_unk=True))
         tokenizer.normalizer = normalizers.Replace(" ", "▁")
     tokenizer.add_special_tokens([special(t) for t, kind in zip(tokens, types) if kind in (2, 3)])
