@@ -24,8 +24,8 @@ const PROMPT: [u32; 24] =
 /// The largest difference of logits over the largest logit. Weights are equal on both sides, so what differs is how
 /// inputs of products are rounded: to nothing beyond F32, to 8 bits of mantissa, or to 255 steps a block.
 const FLOAT_TOLERANCE: f32 = 1e-5;
-const BF16_TOLERANCE: f32 = 1.5e-2;
-const INT8_TOLERANCE: f32 = 3e-2;
+const BF16_TOLERANCE: f32 = 2e-3;
+const INT8_TOLERANCE: f32 = 1.5e-2;
 
 const TYPES: [(DType, u32); 13] = [
     (DType::F32, 0),
@@ -113,7 +113,7 @@ fn every_tensor_type_runs_as_its_values_would() {
         let mut random = Random(u64::from(type_id) + 1);
         let mut matrices = Vec::new();
         let stored = llama(SHAPE, |w, name, rows, cols| {
-            let spread = if name.starts_with("token_embd") { 0.5 } else { 1.0 / (cols as f32).sqrt() };
+            let spread = if name.starts_with("token_embd") { 0.5 } else { 0.7 / (cols as f32).sqrt() };
             let bytes = random_blocks(dtype, rows * cols, spread, &mut random);
             let mut values = vec![0.0; rows * cols];
             dequantize(dtype, &bytes, &mut values);
