@@ -4,6 +4,8 @@
 //! does not make the rest incomparable. The models are large: they are found through `CONSORT_TEST_SMOLLM2` and
 //! `CONSORT_TEST_GEMMA3`, which `cargo xtask test` sets; without them these tests say so and pass.
 
+#![allow(clippy::unwrap_used, clippy::print_stdout)]
+
 use std::fs;
 use std::path::{Path, PathBuf};
 

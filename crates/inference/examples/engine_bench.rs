@@ -8,6 +8,8 @@
 //!     [--prompt 512] [--generate 128]
 //! ```
 
+#![allow(clippy::print_stdout)]
+
 use std::collections::HashMap;
 use std::error::Error;
 use std::path::Path;

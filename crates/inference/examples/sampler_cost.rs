@@ -5,6 +5,8 @@
 //! cargo run --release -p consort-inference --example sampler_cost -- MODEL.gguf
 //! ```
 
+#![allow(clippy::print_stdout)]
+
 use std::error::Error;
 use std::path::Path;
 use std::sync::Arc;
