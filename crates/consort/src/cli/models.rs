@@ -48,11 +48,12 @@ impl Models {
         if let Some(name) = &self.remove {
             let model = loading::reference(&hub, name)?;
             let freed = hub.remove(&model)?;
-            return Ok(if self.json {
-                line(serde_json::json!({ "removed": model.to_string(), "bytes": freed }))?
+            if self.json {
+                line(serde_json::json!({ "removed": model.to_string(), "bytes": freed }))?;
             } else {
-                line(format_args!("removed {model} ({})", bytes(freed)))?
-            });
+                line(format_args!("removed {model} ({})", bytes(freed)))?;
+            }
+            return Ok(());
         }
         let mut rows = rows(&hub)?;
         let mut damaged: Vec<String> =

@@ -15,7 +15,7 @@ use crate::{environment, loading};
     after_help = "Examples:\n  consort pull smollm2-135m-instruct\n  consort pull hf:Qwen/Qwen3-0.6B\n  consort pull hf:Qwen/Qwen3-0.6B-GGUF/Qwen3-0.6B-Q8_0.gguf"
 )]
 pub(crate) struct Pull {
-    /// A name from `consort models`, or hf:org/repo[@revision][/file]
+    /// A name from `consort models`, or `hf:org/repo[@revision][/file]`
     model: String,
     /// Fetch it again even where it is here
     #[arg(long)]

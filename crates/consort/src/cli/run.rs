@@ -30,7 +30,7 @@ const MAX_PROMPT_BYTES: u64 = 64 << 20;
     after_help = "Examples:\n  consort run smollm2-135m-instruct\n  consort run model.gguf \"Name three rivers.\" --temperature 0\n  git diff | consort run smollm2-135m-instruct --system \"Summarise this change in one line.\""
 )]
 pub(crate) struct Run {
-    /// A name from `consort models`, hf:org/repo[/file], a .gguf file or a Hugging Face folder
+    /// A name from `consort models`, `hf:org/repo[/file]`, a .gguf file or a Hugging Face folder
     model: String,
     /// What to answer [default: standard input, where something is piped in]
     prompt: Option<String>,

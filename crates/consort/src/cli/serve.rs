@@ -20,7 +20,7 @@ use crate::{environment, page, signals};
     after_help = "Examples:\n  consort serve smollm2-135m-instruct\n  consort serve model.gguf --port 9000 --ctx 4096 --max-running 64\n  consort serve model.gguf --host 0.0.0.0        # prints the API key it made"
 )]
 pub(crate) struct Serve {
-    /// A name from `consort models`, hf:org/repo[/file], a .gguf file or a Hugging Face folder
+    /// A name from `consort models`, `hf:org/repo[/file]`, a .gguf file or a Hugging Face folder
     model: String,
     #[command(flatten)]
     options: ServeOptions,
@@ -41,7 +41,7 @@ pub(crate) struct ServeOptions {
     /// Host name under which a server without a key may be reached beside loopback's (behind a proxy); repeatable
     #[arg(long = "allow-host", value_name = "HOST")]
     allowed_hosts: Vec<String>,
-    /// Origin like https://example.org whose pages may call the API; repeatable
+    /// Origin like `https://example.org` whose pages may call the API; repeatable
     #[arg(long = "allow-origin", value_name = "ORIGIN")]
     allowed_origins: Vec<String>,
     /// Print one line of JSON once ready, instead of the summary

@@ -15,7 +15,7 @@ const DEFAULT_MODEL: &str = "smollm2-135m-instruct";
 #[derive(Args, Debug)]
 #[command(after_help = "Examples:\n  consort up\n  consort up --model gemma-3-270m --port 9000")]
 pub(crate) struct Up {
-    /// A name from `consort models`, hf:org/repo[/file], a .gguf file or a Hugging Face folder
+    /// A name from `consort models`, `hf:org/repo[/file]`, a .gguf file or a Hugging Face folder
     #[arg(long, value_name = "MODEL", default_value = DEFAULT_MODEL)]
     model: String,
     #[command(flatten)]
