@@ -6,11 +6,13 @@
 //! a decode step, 8 and 16 are concurrent ones, 512 a prefill; the output projection runs for at most 16 rows, as
 //! it does when serving. The limits are measured in the same run: how fast the threads read memory, and how many
 //! int8, bf16 and f32 operations they finish from registers. Limits and rates are those of the fastest round, so that
-//! another program's share of the machine is not counted; `median` tells how much of that there was.
+//! another program's share of the machine is not counted; `median` tells how much of that there was. One thread is
+//! timed by the processor time that it got, for the same reason.
 
 #![allow(clippy::print_stdout)]
 
 use std::hint::black_box;
+use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use consort_tensor::activation::Activation;
@@ -79,7 +81,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
 
 fn measure(pool: &Pool, dtype: DType, read: f64, peaks: [f64; 3]) -> Result<(), consort_tensor::Error> {
     // K types need rows of whole 256s; the nearest shape with about the same bytes stands in.
-    let (width, hidden) = if WIDTH % dtype.block_len() == 0 { (WIDTH, HIDDEN) } else { (512, 1536) };
+    let (width, hidden) = if WIDTH.is_multiple_of(dtype.block_len()) { (WIDTH, HIDDEN) } else { (512, 1536) };
     let start = Instant::now();
     let layers = (0..LAYERS).map(|_| layer(pool, dtype, width, hidden)).collect::<Result<Vec<_>, _>>()?;
     let vocabulary = pack(pool, dtype, VOCAB, width)?;
@@ -94,7 +96,7 @@ fn measure(pool: &Pool, dtype: DType, read: f64, peaks: [f64; 3]) -> Result<(), 
         + vocabulary.packed_bytes();
     for rows in [1, 2, 4, 8, 12, 16, 24, 32, 64, 512] {
         let mut step = Step::new(pool, &layers, &vocabulary, rows, width, hidden);
-        let (seconds, median) = time(|| step.run());
+        let (seconds, median) = time(pool, || step.run());
         let outputs = LAYERS * (width * (2 * width + 2 * KV) + 3 * width * hidden);
         let operations = 2.0 * (rows * outputs + rows.min(16) * VOCAB * width) as f64;
         let peak = match InputKind::of(dtype) {
@@ -213,16 +215,30 @@ fn product<'a>(weights: &'a Matrix, out: &'a mut [f32]) -> Product<'a> {
 }
 
 /// Seconds of the fastest and of the median call, over about half a second.
-fn time(mut call: impl FnMut()) -> (f64, f64) {
+fn time(pool: &Pool, mut call: impl FnMut()) -> (f64, f64) {
     call();
     let (begin, mut times) = (Instant::now(), Vec::new());
     while times.len() < 5 || begin.elapsed() < Duration::from_millis(400) {
-        let start = Instant::now();
+        let start = now(pool);
         call();
-        times.push(start.elapsed().as_secs_f64());
+        times.push(now(pool) - start);
     }
     times.sort_by(f64::total_cmp);
     (times[0], times[times.len() / 2])
+}
+
+/// Seconds since some moment: of the clock on the wall, or of this thread's own where it is the only one.
+fn now(pool: &Pool) -> f64 {
+    static START: OnceLock<Instant> = OnceLock::new();
+    #[cfg(unix)]
+    if pool.threads() == 1 {
+        let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+        // SAFETY: it writes the structure that it is given.
+        if unsafe { libc::clock_gettime(libc::CLOCK_THREAD_CPUTIME_ID, &mut time) } == 0 {
+            return time.tv_sec as f64 + time.tv_nsec as f64 / 1e9;
+        }
+    }
+    START.get_or_init(Instant::now).elapsed().as_secs_f64()
 }
 
 /// GB/s that all threads together read from memory.
@@ -248,7 +264,7 @@ fn read_bandwidth(pool: &Pool) -> f64 {
             black_box(sums);
         });
     };
-    (memory.len() * 8) as f64 / time(pass).0 / 1e9
+    (memory.len() * 8) as f64 / time(pool, pass).0 / 1e9
 }
 
 /// Gop/s of all threads for int8, bf16 and f32 products from registers; a multiply and an add are two.
@@ -257,7 +273,7 @@ fn peaks(pool: &Pool) -> [f64; 3] {
     if pool.cpu().family() == Family::Avx512 {
         const ROUNDS: usize = 200_000;
         let rate = |lane_operations: usize, kernel: &(dyn Fn() + Sync)| {
-            let (seconds, _) = time(|| pool.run(|_| kernel()));
+            let (seconds, _) = time(pool, || pool.run(|_| kernel()));
             (pool.threads() * ROUNDS * registers::CHAINS * lane_operations) as f64 / seconds / 1e9
         };
         return [

@@ -1,7 +1,7 @@
 //! Matrix products of packed weights with rows of activations.
 //!
 //! A product walks the weights' panels (sixteen output rows each); for each panel a kernel computes all rows of a
-//! tile of up to twelve input rows, with every output element one chain over the columns ([`scalar`] is the
+//! tile of up to twelve input rows, with every output element one chain over the columns (`scalar` is the
 //! specification). Few rows are bound by reading the weights: each thread streams one contiguous share of the bytes,
 //! once. Many rows are bound by arithmetic: the inputs are cut into chunks that stay in a core's second-level cache
 //! while the panels pass by, and threads claim panels as they get free. Which of the two happens, who computes what
@@ -121,7 +121,7 @@ const CLAIM_UNITS: usize = 2;
 const CHUNK_BYTES: usize = 512 << 10;
 
 /// How far ahead of its own reading a kernel prefetches where one tile is all there is.
-const PREFETCH_BYTES: usize = 4096;
+const PREFETCH_BYTES: usize = 8192;
 
 fn run(pool: &Pool, x: &Inputs, jobs: &[Job<'_>]) {
     let tiles = x.tiles().count;
@@ -289,6 +289,10 @@ fn compute(cpu: Cpu, tile: &Tile<'_>, sums: &mut Sums) {
     unsafe { kernel(tile, sums) }
 }
 
+#[cfg_attr(
+    not(target_arch = "x86_64"),
+    expect(unused_variables, reason = "one kernel for any number of rows")
+)]
 fn kernel(family: Family, dtype: DType, rows: usize) -> Kernel {
     match family {
         #[cfg(target_arch = "x86_64")]

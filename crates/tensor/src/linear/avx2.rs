@@ -5,6 +5,8 @@
 //! size leaves room, and widened then; all of it is exact, so the bits are those of the other families. Codes of
 //! eight bits would overflow as unsigned numbers: there the weights' magnitudes meet inputs with the weights' signs.
 
+#![allow(clippy::needless_range_loop, reason = "rows index several arrays of registers and pointers at once")]
+
 use std::arch::x86_64::*;
 
 use super::tile::{BLOCK_WORDS, HALF_WORDS, Kernel, Sums, Tile};
@@ -298,7 +300,7 @@ impl Floats for Bf16 {
             let pair = _mm256_loadu_si256(panel.add(k / 2 * 64 + half * 32).cast());
             let even = _mm256_slli_epi32::<16>(pair);
             let odd = _mm256_and_si256(pair, _mm256_set1_epi32(0xffff_0000_u32 as i32));
-            _mm256_castsi256_ps(if k % 2 == 0 { even } else { odd })
+            _mm256_castsi256_ps(if k.is_multiple_of(2) { even } else { odd })
         }
     }
 
@@ -306,7 +308,7 @@ impl Floats for Bf16 {
     unsafe fn input(words: *const u32, k: usize, rows: usize, row: usize) -> f32 {
         // SAFETY: the caller's promise.
         let pair = unsafe { *words.add(k / 2 * rows + row) };
-        f32::from_bits(if k % 2 == 0 { pair << 16 } else { pair & 0xffff_0000 })
+        f32::from_bits(if k.is_multiple_of(2) { pair << 16 } else { pair & 0xffff_0000 })
     }
 }
 

@@ -6,6 +6,8 @@
 //! columns costs `8·rows` dot products, at most `3·rows` further operations on the two multiplying ports, and an
 //! unpacking that is shared by the rows and mostly goes to the other ports.
 
+#![allow(clippy::needless_range_loop, reason = "rows index several arrays of registers and pointers at once")]
+
 use std::arch::x86_64::*;
 
 use super::tile::{BLOCK_WORDS, HALF_WORDS, Kernel, Sums, Tile};
@@ -79,11 +81,15 @@ pub(super) fn kernel(dtype: DType, rows: usize) -> Kernel {
 }
 
 /// Asks for `lines` cache lines at `at`; any address is allowed.
+///
+/// One or two rows read on at once and want them in the first level. More rows take longer than the first level's
+/// few misses can wait for, so they ask for the second one, which takes more of them at a time.
 #[inline(always)]
-fn prefetch(at: *const u8, lines: usize) {
+fn prefetch<const ROWS: usize>(at: *const u8, lines: usize) {
     for line in 0..lines {
+        let at = at.wrapping_add(line * 64).cast();
         // SAFETY: a hint; it faults on no address.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(at.wrapping_add(line * 64).cast()) }
+        unsafe { if ROWS <= 2 { _mm_prefetch::<_MM_HINT_T0>(at) } else { _mm_prefetch::<_MM_HINT_T1>(at) } }
     }
 }
 
@@ -171,12 +177,12 @@ fn quantized<F: Format, const ROWS: usize>(tile: &Tile<'_>, sums: &mut Sums) {
     unsafe {
         let table = tile.panel.as_ptr().add(tile.layout.code_bytes);
         for block in 0..blocks {
-            if !ahead.is_null() {
-                prefetch(ahead, lines);
-                ahead = ahead.wrapping_add(lines * 64);
-            }
             macro_rules! groups {
                 ($dots:ident: $($g:literal)*) => {$({
+                    // Spread over the block: a burst would fill the miss queue and hold up the loads behind it.
+                    if !ahead.is_null() {
+                        prefetch::<ROWS>(ahead.wrapping_add($g * lines / 8 * 64), ($g + 1) * lines / 8 - $g * lines / 8);
+                    }
                     let codes = codes::<F, $g>(planes);
                     for row in 0..ROWS {
                         let inputs = _mm512_set1_epi32(*words.add($g * ROWS + row) as i32);
@@ -228,6 +234,9 @@ fn quantized<F: Format, const ROWS: usize>(tile: &Tile<'_>, sums: &mut Sums) {
                     }
                 }
             }
+            if !ahead.is_null() {
+                ahead = ahead.wrapping_add(lines * 64);
+            }
             planes = planes.add(code_bytes);
             words = words.add(BLOCK_WORDS * ROWS);
             halves = halves.add(HALF_WORDS * ROWS);
@@ -267,7 +276,7 @@ fn floats<const HALF: bool, const ROWS: usize>(tile: &Tile<'_>, sums: &mut Sums)
     for k in 0..cols {
         // Two columns of f16 share a line.
         if !tile.ahead.is_null() && (!HALF || k % 2 == 0) {
-            prefetch(tile.ahead.wrapping_add(k * column_bytes), 1);
+            prefetch::<ROWS>(tile.ahead.wrapping_add(k * column_bytes), 1);
         }
         // SAFETY: `k < cols`, and the lengths are asserted above.
         unsafe {
@@ -294,7 +303,7 @@ fn bf16<const ROWS: usize>(tile: &Tile<'_>, sums: &mut Sums) {
     let mut total = [_mm512_setzero_ps(); ROWS];
     for pair in 0..pairs {
         if !tile.ahead.is_null() {
-            prefetch(tile.ahead.wrapping_add(pair * 64), 1);
+            prefetch::<ROWS>(tile.ahead.wrapping_add(pair * 64), 1);
         }
         // SAFETY: `pair < pairs`, and the lengths are asserted above. Any 512 bits are 32 bf16 numbers.
         unsafe {

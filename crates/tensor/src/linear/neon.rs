@@ -5,6 +5,8 @@
 //! assembly: `sdot`, which the standard library does not offer on stable Rust, and the conversion from half precision,
 //! likewise.
 
+#![allow(clippy::needless_range_loop, reason = "rows index several arrays of registers and pointers at once")]
+
 use std::arch::aarch64::*;
 use std::arch::asm;
 
@@ -314,7 +316,7 @@ impl Floats for Bf16 {
         unsafe {
             let pair = vld1q_u32(panel.add(k / 2 * 64 + quad * 16).cast());
             let odd = vandq_u32(pair, vdupq_n_u32(0xffff_0000));
-            vreinterpretq_f32_u32(if k % 2 == 0 { vshlq_n_u32::<16>(pair) } else { odd })
+            vreinterpretq_f32_u32(if k.is_multiple_of(2) { vshlq_n_u32::<16>(pair) } else { odd })
         }
     }
 
@@ -322,7 +324,7 @@ impl Floats for Bf16 {
     unsafe fn input(words: *const u32, k: usize, rows: usize, row: usize) -> f32 {
         // SAFETY: the caller's promise.
         let pair = unsafe { *words.add(k / 2 * rows + row) };
-        f32::from_bits(if k % 2 == 0 { pair << 16 } else { pair & 0xffff_0000 })
+        f32::from_bits(if k.is_multiple_of(2) { pair << 16 } else { pair & 0xffff_0000 })
     }
 }
 

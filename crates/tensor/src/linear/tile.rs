@@ -37,6 +37,7 @@ pub(crate) struct Tile<'a> {
     /// `Int8` only; for each block −sum of the first half for each row, of the second, then scale × sum likewise.
     pub(crate) halves: &'a [u32],
     /// Where the kernel prefetches while it reads the panel: as many bytes as the panel has. Null for nowhere.
+    #[cfg_attr(not(target_arch = "x86_64"), expect(dead_code, reason = "only AVX-512 kernels prefetch"))]
     pub(crate) ahead: *const u8,
 }
 
