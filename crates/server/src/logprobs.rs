@@ -68,8 +68,12 @@ pub(crate) fn completion(
             let pair = |(id, logprob): &(u32, f32)| (key(tokenizer, *id), Value::from(finite(*logprob)));
             token.top.iter().map(pair).collect::<Map<_, _>>()
         }));
-        // Characters are counted where they begin: bytes that go on with one add none.
-        *offset += tokenizer.token_bytes(token.id).iter().filter(|b| **b & 0xC0 != 0x80).count();
+        *offset += characters(tokenizer, token.id);
     }
     lists
+}
+
+/// Characters that begin in a token: bytes that go on with one add none.
+pub(crate) fn characters(tokenizer: &Tokenizer, id: u32) -> usize {
+    tokenizer.token_bytes(id).iter().filter(|b| **b & 0xC0 != 0x80).count()
 }

@@ -13,6 +13,7 @@ use crate::answer::{Answer, AnswerSet, Job};
 use crate::engine::Replica;
 use crate::error::{ApiError, ApiResult};
 use crate::fields::Fields;
+use crate::logprobs;
 use crate::params::{Common, is_false};
 use crate::respond::{self, Echo, Envelope, Shape};
 use crate::serve::{App, Context};
@@ -183,6 +184,9 @@ fn envelope(
 ) -> Envelope {
     let common = plan.common;
     let (id, created) = Envelope::identity(shape, &common.resume);
+    let emitted = &common.resume.emitted_token_ids;
+    let repeated = plan.prompts.iter().filter(|_| plan.echo && !emitted.is_empty()).flat_map(|p| &p.ids);
+    let said = repeated.chain(emitted).map(|id| logprobs::characters(&replica.tokenizer, *id)).sum();
     let echo = plan.echo.then(|| {
         let echo = |prompt: Prompt| Echo {
             text: prompt.text.unwrap_or_else(|| replica.tokenizer.decode(&prompt.ids)),
@@ -203,6 +207,7 @@ fn envelope(
         return_token_ids: common.return_token_ids,
         include_usage: common.include_usage,
         resumed: !common.resume.emitted_token_ids.is_empty(),
+        said,
         echo,
         keep_alive,
         seed: common.sampling.seed,

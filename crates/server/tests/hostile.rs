@@ -1,5 +1,7 @@
 //! Clients that are slow, gone, greedy or hostile: each costs its own connection and nothing else.
 
+#![allow(clippy::unwrap_used)] // Also in helpers, which the lint doesn't count as tests.
+
 mod support;
 
 use std::io::{BufRead, BufReader, Read, Write};

@@ -1,5 +1,7 @@
 //! Streams: their shape, text that spans tokens, calls as they come, silence.
 
+#![allow(clippy::unwrap_used)] // Also in helpers, which the lint doesn't count as tests.
+
 mod support;
 
 use std::time::Duration;

@@ -29,12 +29,6 @@ pub(crate) struct Piece {
     pub(crate) tokens: Vec<TokenEvent>,
 }
 
-impl Piece {
-    pub(crate) fn is_empty(&self) -> bool {
-        self.parts.is_empty() && self.tokens.is_empty()
-    }
-}
-
 /// Why an answer is complete, in OpenAI's words.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Finish {

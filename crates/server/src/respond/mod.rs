@@ -41,6 +41,8 @@ pub(crate) struct Envelope {
     pub(crate) include_usage: bool,
     /// Goes on with an answer begun elsewhere: the first chunk was sent there.
     pub(crate) resumed: bool,
+    /// Characters that were said there, an echoed prompt's included.
+    pub(crate) said: usize,
     /// For each prompt, what is put before its answers: its text and ids.
     pub(crate) echo: Option<Vec<Echo>>,
     pub(crate) keep_alive: Duration,

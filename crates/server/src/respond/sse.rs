@@ -76,17 +76,9 @@ impl SseBody {
             }
             Out::Done { piece, finish, usage } => {
                 self.open(out, choice, None);
-                // The reason comes in a chunk of its own, after the last text: clients look for both apart.
-                if !piece.is_empty() {
-                    self.writer.piece(out, &self.envelope, choice, &piece, None);
-                }
-                self.writer.piece(
-                    out,
-                    &self.envelope,
-                    choice,
-                    &crate::answer::Piece::default(),
-                    Some(finish),
-                );
+                // Text that was held back has no token of its own, so it goes out with the reason or not at all: a
+                // client that has one without the other could not have the answer continued.
+                self.writer.piece(out, &self.envelope, choice, &piece, Some(finish));
                 self.usage.add(choice, self.envelope.n, usage);
             }
             Out::Failed(error) => {

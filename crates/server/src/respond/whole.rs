@@ -133,7 +133,8 @@ fn completion_choice(envelope: &Envelope, index: usize, own: Gathered) -> Comple
     if envelope.logprobs {
         let mut tokens = echo.map(|echo| prompt_tokens(&echo.ids, own.prompt.as_deref())).unwrap_or_default();
         tokens.extend(own.tokens.iter().cloned());
-        lists = Some(logprobs::completion(&envelope.tokenizer, &tokens, &mut 0));
+        let mut offset = envelope.said;
+        lists = Some(logprobs::completion(&envelope.tokenizer, &tokens, &mut offset));
     }
     let mut text = echo.map(|echo| echo.text.clone()).unwrap_or_default();
     text.push_str(&own.text);

@@ -314,8 +314,11 @@ fn emit_char(out: &mut Vec<ToolPiece>, c: char) {
 mod tests {
     use super::*;
 
-    /// Text, then (name, arguments) of each call; fed in pieces of `step` characters.
-    fn read(format: Format, text: &str, step: usize) -> (String, Vec<(String, String)>) {
+    /// Name and arguments of each call.
+    type Calls = Vec<(String, String)>;
+
+    /// Text, then calls; fed in pieces of `step` characters.
+    fn read(format: Format, text: &str, step: usize) -> (String, Calls) {
         let mut stream = ToolStream::new(format, vec!["add".to_owned(), "say".to_owned()], 8);
         let mut out = Vec::new();
         let chars: Vec<char> = text.chars().collect();
@@ -341,7 +344,7 @@ mod tests {
     fn formats_are_read_however_the_text_is_cut() {
         let call = |name: &str, arguments: &str| (name.to_owned(), arguments.to_owned());
         let add = || call("add", r#"{"a": 1, "b": "x}"}"#);
-        let table: Vec<(Format, &str, &str, Vec<(String, String)>)> = vec![
+        let table: Vec<(Format, &str, &str, Calls)> = vec![
             (Format::Tagged, "Hello there.", "Hello there.", vec![]),
             (Format::Tagged, "a < b and\n\n<tool> is fine ", "a < b and\n\n<tool> is fine ", vec![]),
             (
