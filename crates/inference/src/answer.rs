@@ -96,7 +96,7 @@ pub(crate) struct Answer {
     /// Why it ends at its limit.
     pub(crate) at_limit: FinishReason,
     sampler: Sampler,
-    grammar: Option<GrammarState>,
+    grammar: Option<Box<GrammarState>>,
     /// Tokens of the answer so far.
     pub(crate) length: usize,
     scores: Option<Vec<TokenEvent>>,
@@ -105,7 +105,7 @@ pub(crate) struct Answer {
 impl Answer {
     pub(crate) fn new(
         request: Request,
-        grammar: Option<GrammarState>,
+        grammar: Option<Box<GrammarState>>,
         sender: AnswerSender,
         at_limit: FinishReason,
     ) -> Answer {

@@ -7,7 +7,7 @@ use crate::request::{Event, FinishReason, Request, Sampling, SubmitError, Usage}
 pub(crate) enum Checked {
     Runs {
         request: Box<Request>,
-        grammar: Option<GrammarState>,
+        grammar: Option<Box<GrammarState>>,
         /// Prompt and answer never grow past this.
         limit: usize,
         /// Why the answer ends there.
@@ -70,11 +70,11 @@ pub(crate) fn check(
             for &token in &request.emitted {
                 state.accept(token).map_err(|error| invalid("emitted", error.to_string()))?;
             }
-            Some(state)
+            Some(Box::new(state))
         }
     };
 
-    let ended = grammar.as_ref().is_some_and(GrammarState::is_finished)
+    let ended = grammar.as_ref().is_some_and(|state| state.is_finished())
         || !request.ignore_end
             && request.emitted.last().is_some_and(|last| request.end_tokens.contains(last));
     let (limit, at_limit) = if ended {

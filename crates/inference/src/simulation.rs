@@ -76,11 +76,14 @@ fn limits() -> Limits {
     }
 }
 
+/// A token, its log-probability's bits, and those of the likeliest.
+type TokenBits = (u32, Option<u32>, Vec<(u32, u32)>);
+
 /// An answer as bits: its tokens with their log-probabilities and its prompt's scores.
 #[derive(Debug, Default, PartialEq)]
 struct Bits {
-    prompt: Option<Vec<(u32, Option<u32>, Vec<(u32, u32)>)>>,
-    tokens: Vec<(u32, Option<u32>, Vec<(u32, u32)>)>,
+    prompt: Option<Vec<TokenBits>>,
+    tokens: Vec<TokenBits>,
     finished: Option<FinishReason>,
 }
 

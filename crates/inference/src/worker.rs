@@ -29,7 +29,7 @@ const SLOW_READER_POLL: Duration = Duration::from_millis(20);
 /// A checked request on its way to the thread.
 pub(crate) struct Job {
     pub(crate) request: Request,
-    pub(crate) grammar: Option<GrammarState>,
+    pub(crate) grammar: Option<Box<GrammarState>>,
     pub(crate) sender: AnswerSender,
     /// Prompt and answer never grow past this.
     pub(crate) limit: usize,

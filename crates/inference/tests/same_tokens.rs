@@ -115,7 +115,7 @@ fn answers(engine: &Engine, requests: &[Request]) -> Vec<Bits> {
 static ALONE: LazyLock<Vec<Bits>> = LazyLock::new(|| {
     let engine = engine(2, EngineOptions { prefix_cache: false, ..options() });
     let alone: Vec<Bits> =
-        subjects().iter().flat_map(|request| answers(&engine, &[request.clone()])).collect();
+        subjects().iter().flat_map(|request| answers(&engine, std::slice::from_ref(request))).collect();
     assert!(alone.iter().all(|answer| answer.len() == ANSWER));
     assert!(alone[0] != alone[1] && alone[1] != alone[2], "the subjects should differ");
     alone
