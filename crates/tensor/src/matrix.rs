@@ -1,6 +1,6 @@
 //! Weights, repacked at load into rows interleaved for the widest dot product.
 //!
-//! Sixteen output rows lie side by side (see [`panel`]), so one load feeds sixteen independent sums and no kernel
+//! Sixteen output rows lie side by side (see `panel`), so one load feeds sixteen independent sums and no kernel
 //! ever adds across a register. The packed form is as large as the file's (scales of the K types excepted: up to
 //! 4 bytes for each 256 weights more), and packing is one pass over it on all threads.
 
