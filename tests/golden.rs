@@ -2,7 +2,7 @@
 //!
 //! Each recorded answer is walked with llama.cpp's own tokens as input, so that one near-tie decided the other way
 //! does not make the rest incomparable. The models are large: they are found through `CONSORT_TEST_SMOLLM2` and
-//! `CONSORT_TEST_GEMMA3`, which `cargo xtask test` sets; without them these tests say so and pass.
+//! `CONSORT_TEST_GEMMA3`, which `cargo xtask test` sets.
 
 #![allow(clippy::unwrap_used, clippy::print_stdout)]
 
@@ -44,11 +44,11 @@ fn golden() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden")
 }
 
-fn load(variable: &str, record: &str) -> Option<Loaded> {
-    let Some(path) = std::env::var_os(variable).map(PathBuf::from) else {
-        println!("{variable} is not set: skipped (cargo xtask test sets it)");
-        return None;
-    };
+fn load(variable: &str, record: &str) -> Loaded {
+    let path = std::env::var_os(variable).map(PathBuf::from);
+    let path = path.unwrap_or_else(|| {
+        panic!("{variable} names no model file; `cargo xtask test` fetches one and sets it")
+    });
     let record: Value = serde_json::from_slice(&fs::read(golden().join(record)).unwrap()).unwrap();
     assert_eq!(
         fs::metadata(&path).unwrap().len(),
@@ -61,7 +61,7 @@ fn load(variable: &str, record: &str) -> Option<Loaded> {
     let tokenizer = opened.tokenizer().unwrap();
     let template = opened.chat_template().unwrap();
     let model = opened.load(&pool).unwrap();
-    Some(Loaded { model, tokenizer, template, pool, record })
+    Loaded { model, tokenizer, template, pool, record }
 }
 
 impl Loaded {
@@ -254,7 +254,7 @@ fn perplexity_agrees(loaded: &Loaded) {
 
 #[test]
 fn smollm2_agrees_with_llama_cpp() {
-    let Some(loaded) = load("CONSORT_TEST_SMOLLM2", "smollm2-135m-instruct-q4_1.json") else { return };
+    let loaded = load("CONSORT_TEST_SMOLLM2", "smollm2-135m-instruct-q4_1.json");
     assert!(loaded.template.is_some(), "this model brings a chat template");
     perplexity_agrees(&loaded);
     answers_agree(&loaded);
@@ -262,7 +262,7 @@ fn smollm2_agrees_with_llama_cpp() {
 
 #[test]
 fn gemma3_agrees_with_llama_cpp() {
-    let Some(loaded) = load("CONSORT_TEST_GEMMA3", "gemma-3-270m-q4_k_m.json") else { return };
+    let loaded = load("CONSORT_TEST_GEMMA3", "gemma-3-270m-q4_k_m.json");
     perplexity_agrees(&loaded);
     answers_agree(&loaded);
 }

@@ -2,7 +2,7 @@
 //! lie, signals, long hours.
 //!
 //! Each test starts its own process on the real model, found through `CONSORT_TEST_SMOLLM2` (`cargo xtask test`
-//! sets it; without it these tests say so and pass). They take turns, since each of them wants the whole machine.
+//! sets it). They take turns, since each of them wants the whole machine.
 
 #![allow(clippy::unwrap_used, clippy::print_stdout)]
 

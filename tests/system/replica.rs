@@ -24,31 +24,27 @@ pub(crate) struct Replica {
     _machine: Option<MutexGuard<'static, ()>>,
 }
 
-/// The model under test, or `None` (and a word about it) where none is at hand.
-pub(crate) fn model() -> Option<PathBuf> {
+/// The model under test.
+pub(crate) fn model() -> PathBuf {
     let path = std::env::var_os("CONSORT_TEST_SMOLLM2").map(PathBuf::from);
-    if path.is_none() {
-        println!("CONSORT_TEST_SMOLLM2 is not set: skipped (cargo xtask test sets it)");
-    }
-    path
+    path.expect("CONSORT_TEST_SMOLLM2 names no model file; `cargo xtask test` fetches one and sets it")
 }
 
-/// Starts a replica with these further arguments and waits until it is ready; `None` without a model.
-pub(crate) fn serve(arguments: &[&str]) -> Option<Replica> {
+/// Starts a replica with these further arguments and waits until it is ready.
+pub(crate) fn serve(arguments: &[&str]) -> Replica {
     let guard = MACHINE.lock().unwrap_or_else(PoisonError::into_inner);
-    let mut replica = start(arguments)?;
+    let mut replica = start(arguments);
     replica._machine = Some(guard);
-    Some(replica)
+    replica
 }
 
 /// Starts one more, beside another that holds the machine.
-pub(crate) fn start(arguments: &[&str]) -> Option<Replica> {
-    let model = model()?;
+pub(crate) fn start(arguments: &[&str]) -> Replica {
     let address = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
     let started = Instant::now();
     let child = Command::new(env!("CARGO_BIN_EXE_consort"))
         .arg("serve")
-        .arg(model)
+        .arg(model())
         .args(["--port", &address.port().to_string()])
         .args(arguments)
         .stdin(Stdio::null())
@@ -68,7 +64,7 @@ pub(crate) fn start(arguments: &[&str]) -> Option<Replica> {
     // The log is drained so that the process never waits for us.
     let mut stderr = replica.child.stderr.take().unwrap();
     thread::spawn(move || std::io::copy(&mut stderr, &mut std::io::sink()));
-    Some(replica)
+    replica
 }
 
 impl Replica {

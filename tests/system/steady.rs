@@ -13,7 +13,7 @@ fn starts_quickly_in_little_memory() {
     /// What a process may use beside the model's file and its cache.
     const ROOM: u64 = 150 << 20;
     const KV: u64 = 256 << 20;
-    let Some(replica) = serve(&["--kv-bytes", "256M"]) else { return };
+    let replica = serve(&["--kv-bytes", "256M"]);
     let mut events = client::stream(replica.address, "/v1/chat/completions", &chat("Say hello.", 8)).unwrap();
     let first =
         |event: &Value| event["choices"][0]["delta"]["content"].as_str().is_some_and(|t| !t.is_empty());
@@ -23,7 +23,7 @@ fn starts_quickly_in_little_memory() {
     // A long prompt, so that every buffer reaches its size.
     let long = "word ".repeat(1500);
     assert_eq!(replica.post("/v1/chat/completions", &chat(&long, 4)).status, 200);
-    let file = fs::metadata(model().unwrap()).unwrap().len();
+    let file = fs::metadata(model()).unwrap().len();
     let (_, peak) = replica.memory();
     println!(
         "process start to first token {:.0} ms; peak memory {} MiB, of which the model's file {} MiB",
@@ -38,7 +38,7 @@ fn starts_quickly_in_little_memory() {
 fn idle_burns_nothing() {
     /// Hundredths of a second of processor time in three seconds: timers may tick, nothing may spin.
     const TICKS: u64 = 3;
-    let Some(replica) = serve(&[]) else { return };
+    let replica = serve(&[]);
     replica.must_answer();
     // The pool spins for microseconds after its last run; half a second is far past that.
     std::thread::sleep(Duration::from_millis(500));
@@ -53,7 +53,7 @@ fn idle_burns_nothing() {
 fn memory_stays_level() {
     /// Growth over the second half of the requests; a leak of a kilobyte a token would be ten times that.
     const GROWTH: u64 = 8 << 20;
-    let Some(replica) = serve(&["--kv-bytes", "64M"]) else { return };
+    let replica = serve(&["--kv-bytes", "64M"]);
     let round = |from: usize| {
         std::thread::scope(|scope| {
             for lane in 0..4 {

@@ -21,7 +21,7 @@ const PATIENCE: Duration = Duration::from_secs(120);
 
 #[test]
 fn only_the_answer_is_on_standard_output_and_it_repeats() {
-    let Some(model) = model() else { return };
+    let model = model();
     let (consort, model) = (Consort::new(), model.to_str().unwrap().to_string());
     let arguments =
         ["run", &model, "What is the capital of France?", "--max-tokens", "12", "--temperature", "0"];
@@ -40,7 +40,7 @@ fn only_the_answer_is_on_standard_output_and_it_repeats() {
 
 #[test]
 fn json_says_everything_and_a_seed_repeats() {
-    let Some(model) = model() else { return };
+    let model = model();
     let (consort, model) = (Consort::new(), model.to_str().unwrap().to_string());
     let ask = |seed: &str, threads: &str| -> Value {
         let output = consort.run(&[
@@ -73,7 +73,7 @@ fn json_says_everything_and_a_seed_repeats() {
 
 #[test]
 fn a_reader_that_has_enough_ends_the_answer_quietly() {
-    let Some(model) = model() else { return };
+    let model = model();
     let consort = Consort::new();
     let mut child = consort
         .command(&["run", model.to_str().unwrap(), "Write a very long story.", "--max-tokens", "2000"])
@@ -90,7 +90,7 @@ fn a_reader_that_has_enough_ends_the_answer_quietly() {
 
 #[test]
 fn a_prompt_past_the_context_is_refused_with_the_numbers() {
-    let Some(model) = model() else { return };
+    let model = model();
     let consort = Consort::new();
     let output = consort.run_with_input(&["run", model.to_str().unwrap()], "river ".repeat(9000).as_bytes());
     assert_eq!(output.status.code(), Some(2), "{}", err(&output));
@@ -178,7 +178,7 @@ impl Terminal {
 #[cfg(target_os = "linux")]
 #[test]
 fn in_a_conversation_control_c_stops_the_answer_and_not_the_program() {
-    let Some(model) = model() else { return };
+    let model = model();
     let consort = Consort::new();
     let mut terminal = Terminal::start(&consort, &["run", model.to_str().unwrap(), "--temperature", "0"]);
     terminal.until("the prompt", |s| s.split("Ctrl-D ends").nth(1).is_some_and(|rest| rest.contains("> ")));
@@ -249,7 +249,7 @@ const CHAT: &str = r#"{"model":"any","messages":[{"role":"user","content":"Hi"}]
 
 #[test]
 fn a_server_says_where_it_is_and_ends_cleanly_when_told() {
-    let Some(model) = model() else { return };
+    let model = model();
     let consort = Consort::new();
     let server = Server::start(
         &consort,
@@ -268,7 +268,7 @@ fn a_server_says_where_it_is_and_ends_cleanly_when_told() {
 
 #[test]
 fn beyond_loopback_the_key_that_was_made_is_shown_and_demanded() {
-    let Some(model) = model() else { return };
+    let model = model();
     let consort = Consort::new();
     let server = Server::start(
         &consort,
@@ -285,7 +285,7 @@ fn beyond_loopback_the_key_that_was_made_is_shown_and_demanded() {
 
 #[test]
 fn up_moves_from_a_taken_port_and_its_curl_line_works_as_pasted() {
-    let Some(model) = model() else { return };
+    let model = model();
     let consort = Consort::new();
     // Held by this test, or by whoever has it already: taken either way.
     let _taken = TcpListener::bind("127.0.0.1:8080");

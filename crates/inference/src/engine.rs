@@ -199,13 +199,10 @@ impl Engine {
     pub fn submit(&self, request: Request) -> Result<Submission, SubmitError> {
         let inner = &*self.inner;
         let shared = &inner.shared;
-        if shared.draining.load(Relaxed) {
-            return Err(SubmitError::Draining);
+        if let Some(refusal) = self.refusal() {
+            return Err(refusal);
         }
         let checked = check::check(request, inner.vocab, inner.max_context, inner.grammars.as_ref())?;
-        if shared.open.load(Relaxed) >= inner.max_open {
-            return Err(self.busy());
-        }
         let (sender, submission) = AnswerSender::new(inner.answer_buffer, shared);
         match checked {
             Checked::Complete { scored, finished } => {
@@ -229,6 +226,16 @@ impl Engine {
             }
         }
         Ok(submission)
+    }
+
+    /// Why any request would be turned away now, if so. Cheap: ask before the work of making one, so that a flood
+    /// costs little.
+    pub fn refusal(&self) -> Option<SubmitError> {
+        let shared = &self.inner.shared;
+        if shared.draining.load(Relaxed) {
+            return Some(SubmitError::Draining);
+        }
+        (shared.open.load(Relaxed) >= self.inner.max_open).then(|| self.busy())
     }
 
     fn busy(&self) -> SubmitError {

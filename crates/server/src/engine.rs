@@ -14,6 +14,11 @@ pub trait Generate: Send + Sync + 'static {
     /// [`SubmitError`]
     fn submit(&self, request: Request) -> Result<Submission, SubmitError>;
 
+    /// Why any request would be turned away now, if so: asked before a prompt is read, so that a flood costs little.
+    fn refusal(&self) -> Option<SubmitError> {
+        None
+    }
+
     /// Names the numerics class.
     fn fingerprint(&self) -> &str;
 
@@ -30,6 +35,10 @@ pub trait Generate: Send + Sync + 'static {
 impl Generate for Engine {
     fn submit(&self, request: Request) -> Result<Submission, SubmitError> {
         Engine::submit(self, request)
+    }
+
+    fn refusal(&self) -> Option<SubmitError> {
+        Engine::refusal(self)
     }
 
     fn fingerprint(&self) -> &str {
@@ -52,6 +61,10 @@ impl Generate for Engine {
 impl<G: Generate + ?Sized> Generate for Arc<G> {
     fn submit(&self, request: Request) -> Result<Submission, SubmitError> {
         (**self).submit(request)
+    }
+
+    fn refusal(&self) -> Option<SubmitError> {
+        (**self).refusal()
     }
 
     fn fingerprint(&self) -> &str {

@@ -94,6 +94,9 @@ pub(crate) async fn answer(
     let metrics = app.metrics.clone();
     let (arrived, deadline) = (context.arrived, context.deadline);
     let keep_alive = app.options.keep_alive;
+    if let Some(refusal) = replica.engine.refusal() {
+        return Err(refusal.into());
+    }
     let begin = move || -> ApiResult<(Envelope, AnswerSet, bool)> {
         let plan = make(&replica)?;
         let stream = plan.common.stream;
