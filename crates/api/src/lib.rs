@@ -1,4 +1,4 @@
-//! Wire types: the OpenAI surface as Consort speaks it, and the replica's own fields.
+//! Wire types: the OpenAI surface as Consort speaks it, the replica's own fields, and the fleet behind a gateway.
 //!
 //! Plain serde structs, no behaviour: the server answers with them, the load generator and the gateway read them.
 //! Requests are built with these types and sent; a server reads a request field by field instead (its errors name the
@@ -11,6 +11,8 @@
 mod chat;
 mod completion;
 mod error;
+mod fleet;
+mod keys;
 mod model;
 mod shared;
 mod tokens;
@@ -22,6 +24,11 @@ pub use chat::{
 };
 pub use completion::{Completion, CompletionChoice, CompletionLogprobs, CompletionRequest, Prompt};
 pub use error::{ErrorBody, ErrorObject};
+pub use fleet::{
+    BreakerState, Fleet, FleetModel, FleetReplica, FleetSnapshot, FleetVersion, GatewayTotals, Latency,
+    ModelSnapshot, Numerics, ReadyReport, ReplicaSnapshot, ReplicaState, VersionSnapshot,
+};
+pub use keys::{ApiKeyRecord, KeyLimits};
 pub use model::{ModelCard, ModelList};
 pub use shared::{PromptTokensDetails, Resume, Stop, StreamOptions, Usage};
 pub use tokens::{DetokenizeRequest, DetokenizeResponse, TokenizeRequest, TokenizeResponse};
