@@ -51,7 +51,7 @@ pub enum Numerics {
 }
 
 /// One replica.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FleetReplica {
     /// Unique within the fleet. A replica that was started anew should bear a new id: what was known of the old one
     /// (failures, latencies) is forgotten with it.
@@ -67,6 +67,19 @@ pub struct FleetReplica {
     /// No new requests; what runs there may finish.
     #[serde(default)]
     pub draining: bool,
+}
+
+impl std::fmt::Debug for FleetReplica {
+    /// Without the key.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("FleetReplica")
+            .field("id", &self.id)
+            .field("url", &self.url)
+            .field("key", &self.key.as_ref().map(|_| "…"))
+            .field("slow_start_ms", &self.slow_start_ms)
+            .field("draining", &self.draining)
+            .finish()
+    }
 }
 
 /// The fleet as its gateway sees it now.

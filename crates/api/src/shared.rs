@@ -50,6 +50,10 @@ pub struct Resume {
     /// Ids of the answer so far: all `token_ids` that the chunks carried.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub emitted_token_ids: Vec<u32>,
+    /// The same for a request with several choices: one list each, in the order of their `index`. A choice whose list
+    /// is empty is answered from its beginning.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub choices: Vec<Vec<u32>>,
     /// The answer's `id`, so that the continuation bears the same.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub id: Option<String>,

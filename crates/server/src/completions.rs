@@ -88,7 +88,7 @@ impl CompletionCall {
         if !common.resume.emitted_token_ids.is_empty() && sources.len() != 1 {
             return Err(ApiError::param(
                 "prompt",
-                "an answer that goes on with consort.emitted_token_ids has one prompt",
+                "an answer that goes on with consort.emitted_token_ids has one prompt; send consort.choices for several",
             ));
         }
         let no_suffix = "this model writes what follows a prompt, not what fits between two texts";

@@ -5,7 +5,7 @@ use axum::extract::{Path, State};
 use axum::http::header::{CONTENT_SECURITY_POLICY, CONTENT_TYPE, X_CONTENT_TYPE_OPTIONS};
 use axum::http::{HeaderValue, StatusCode};
 use axum::response::Response;
-use consort_api::{ModelCard, ModelList};
+use consort_api::{ModelCard, ModelList, ReadyReport};
 
 use crate::engine::Replica;
 use crate::error::{ApiError, ApiResult};
@@ -39,14 +39,26 @@ pub(crate) async fn health() -> Response {
     json(&serde_json::json!({"status": "ok"}))
 }
 
-/// Whether requests would be taken.
+/// Whether requests would be taken, and how loaded the engine is.
 pub(crate) async fn ready(State(app): State<App>) -> ApiResult<Response> {
     if app.draining() {
         let message = "this replica is draining";
         return Err(ApiError::new(StatusCode::SERVICE_UNAVAILABLE, "draining", message).retry_after(1));
     }
     let replica = app.replica()?;
-    Ok(json(&serde_json::json!({"status": "ready", "model": replica.model})))
+    let stats = replica.engine.stats();
+    Ok(json(&ReadyReport {
+        status: "ready".to_owned(),
+        model: replica.model.clone(),
+        system_fingerprint: replica.engine.fingerprint().to_owned(),
+        queued: stats.queued as u64,
+        running: stats.running as u64,
+        outstanding_tokens: stats.outstanding_tokens as u64,
+        generated_tokens: stats.generated_tokens,
+        steps: stats.steps,
+        stalled_ms: stats.stalled_ms,
+        kv_use: stats.kv_blocks_used as f64 / stats.kv_blocks.max(1) as f64,
+    }))
 }
 
 pub(crate) async fn metrics(State(app): State<App>) -> Response {

@@ -59,17 +59,17 @@ impl Common {
         let include_usage = stream_options(fields, stream)?;
         let return_token_ids = fields.bool("return_token_ids")?.unwrap_or(false);
         let resume = resume(fields, vocab)?;
-        if !resume.emitted_token_ids.is_empty() {
-            if n != 1 {
-                return Err(ApiError::param(
-                    "n",
-                    "an answer that goes on with consort.emitted_token_ids is one answer: n must be 1",
-                ));
-            }
+        if !resume.emitted_token_ids.is_empty() && n != 1 {
+            return Err(ApiError::param(
+                "n",
+                "an answer that goes on with consort.emitted_token_ids is one answer: n must be 1, or send consort.choices",
+            ));
+        }
+        if !resume.emitted_token_ids.is_empty() || !resume.choices.is_empty() {
             if seed.is_none() && sampling.temperature > 0.0 {
                 return Err(ApiError::param(
                     "seed",
-                    "consort.emitted_token_ids needs the seed that the answer began with (or temperature 0)",
+                    "an answer goes on with the seed that it began with: send seed (or temperature 0)",
                 ));
             }
         }
@@ -119,6 +119,17 @@ impl Common {
     /// The seed of choice `index`: the first choice has the request's own, so that `n` adds answers and changes none.
     pub(crate) fn choice_seed(&self, index: usize) -> u64 {
         self.sampling.seed.wrapping_add((index as u64).wrapping_mul(0x9E37_79B9_7F4A_7C15))
+    }
+}
+
+impl Common {
+    /// The ids of choice `index` that were emitted elsewhere.
+    pub(crate) fn emitted(&self, index: usize) -> &[u32] {
+        match self.resume.choices.get(index) {
+            Some(ids) => ids,
+            None if index == 0 => &self.resume.emitted_token_ids,
+            None => &[],
+        }
     }
 }
 
@@ -242,6 +253,11 @@ fn resume(fields: &mut Fields, vocab: usize) -> ApiResult<consort_api::Resume> {
     let Some(mut inner) = fields.nested("consort")? else { return Ok(consort_api::Resume::default()) };
     let emitted_token_ids = inner.token_ids("emitted_token_ids", MAX_EMITTED)?.unwrap_or_default();
     below_vocab(&emitted_token_ids, "consort.emitted_token_ids", vocab)?;
+    let choices = resumed_choices(&mut inner, vocab)?;
+    if !choices.is_empty() && !emitted_token_ids.is_empty() {
+        let message = "send consort.emitted_token_ids or consort.choices, not both";
+        return Err(ApiError::param("consort.choices", message));
+    }
     let id = inner.string("id")?;
     if let Some(id) = &id
         && (id.is_empty()
@@ -252,7 +268,25 @@ fn resume(fields: &mut Fields, vocab: usize) -> ApiResult<consort_api::Resume> {
     }
     let created = inner.integer("created", 0..=i64::MAX)?.map(|seconds| seconds as u64);
     inner.finish()?;
-    Ok(consort_api::Resume { emitted_token_ids, id, created })
+    Ok(consort_api::Resume { emitted_token_ids, choices, id, created })
+}
+
+/// Ids of several choices; [`MAX_EMITTED`] in all.
+fn resumed_choices(inner: &mut Fields, vocab: usize) -> ApiResult<Vec<Vec<u32>>> {
+    let name = "consort.choices";
+    let Some(lists) = inner.array("choices")? else { return Ok(Vec::new()) };
+    let (mut choices, mut left) = (Vec::new(), MAX_EMITTED);
+    for list in lists {
+        let Value::Array(ids) = list else {
+            let message = format!("{name} must hold lists of token ids, not {}", fields::kind(&list));
+            return Err(ApiError::param(name, message));
+        };
+        let ids = fields::token_ids(&ids, name, left)?;
+        below_vocab(&ids, name, vocab)?;
+        left -= ids.len();
+        choices.push(ids);
+    }
+    Ok(choices)
 }
 
 #[cfg(test)]

@@ -121,7 +121,13 @@ fn jobs(plan: &Plan, replica: &Replica, shape: Shape, deadline: Instant) -> ApiR
     let opening_token = plan.reading.as_ref().and_then(|reading| {
         tokenizer.token_id(reading.format.opening()).filter(|id| tokenizer.is_special(*id))
     });
-    let mut jobs = Vec::with_capacity(plan.prompts.len() * common.n);
+    let choices = plan.prompts.len() * common.n;
+    let resumed = common.resume.choices.len();
+    if resumed != 0 && resumed != choices {
+        let message = format!("consort.choices has {resumed} lists; this request has {choices} choices");
+        return Err(ApiError::param("consort.choices", message));
+    }
+    let mut jobs = Vec::with_capacity(choices);
     for (p, prompt) in plan.prompts.iter().enumerate() {
         let length = prompt.ids.len();
         if length >= context {
@@ -162,7 +168,7 @@ fn jobs(plan: &Plan, replica: &Replica, shape: Shape, deadline: Instant) -> ApiR
                 ),
                 request: Request {
                     prompt: prompt.ids.clone(),
-                    emitted: common.resume.emitted_token_ids.clone(),
+                    emitted: common.emitted(p * common.n + i).to_vec(),
                     sampling,
                     end_tokens: end_tokens.clone(),
                     max_tokens: max_tokens.max(1),
@@ -187,9 +193,14 @@ fn envelope(
 ) -> Envelope {
     let common = plan.common;
     let (id, created) = Envelope::identity(shape, &common.resume);
-    let emitted = &common.resume.emitted_token_ids;
-    let repeated = plan.prompts.iter().filter(|_| plan.echo && !emitted.is_empty()).flat_map(|p| &p.ids);
-    let said = repeated.chain(emitted).map(|id| logprobs::characters(&replica.tokenizer, *id)).sum();
+    let said = (0..choices)
+        .map(|choice| {
+            let emitted = common.emitted(choice);
+            let repeated: &[u32] =
+                if plan.echo && !emitted.is_empty() { &plan.prompts[choice / common.n].ids } else { &[] };
+            repeated.iter().chain(emitted).map(|id| logprobs::characters(&replica.tokenizer, *id)).sum()
+        })
+        .collect();
     let echo = plan.echo.then(|| {
         let echo = |prompt: Prompt| Echo {
             text: prompt.text.unwrap_or_else(|| replica.tokenizer.decode(&prompt.ids)),
@@ -209,7 +220,7 @@ fn envelope(
         logprobs: plan.logprobs.is_some(),
         return_token_ids: common.return_token_ids,
         include_usage: common.include_usage,
-        resumed: !common.resume.emitted_token_ids.is_empty(),
+        resumed: (0..choices).map(|choice| !common.emitted(choice).is_empty()).collect(),
         said,
         echo,
         keep_alive,

@@ -108,6 +108,41 @@ fn an_engines_answer_goes_on_at_every_token() {
 }
 
 #[test]
+fn several_choices_go_on_each_from_its_own_place() {
+    let server = Server::start(hash_engine());
+    let body = json!({
+        "prompt": ["Once upon", "a time"], "n": 2, "seed": 5, "max_tokens": 24, "temperature": 1.2, "logprobs": 1,
+        "echo": true, "stream": true, "return_token_ids": true, "stream_options": {"include_usage": true},
+        "consort": {"id": "cmpl-fixed", "created": 1_700_000_000},
+    });
+    let whole = raw_events(&server, "/v1/completions", &body);
+    let choice = |event: &String| -> Option<usize> {
+        let json: Value = serde_json::from_str(event.strip_prefix("data: ")?.trim_end()).ok()?;
+        Some(json["choices"][0]["index"].as_u64()? as usize)
+    };
+    // Choice `i` had `3 i` of its events when the replica died; choice 0 none.
+    let mut body = body.clone();
+    let own: Vec<Vec<&String>> =
+        (0..4).map(|i| whole.iter().filter(|event| choice(event) == Some(i)).collect()).collect();
+    body["consort"]["choices"] = (0..4)
+        .map(|i| own[i][..3 * i].iter().flat_map(|event| token_ids(event)).collect::<Vec<_>>())
+        .map(|ids| json!(ids))
+        .collect();
+    let rest = raw_events(&server, "/v1/completions", &body);
+    for i in 0..4 {
+        let theirs: Vec<&String> = rest.iter().filter(|event| choice(event) == Some(i)).collect();
+        assert_eq!(theirs, own[i][3 * i..], "choice {i}");
+    }
+    let usage = |events: &[String]| events[events.len() - 2].clone();
+    assert!(usage(&whole).contains("\"completion_tokens\":96"), "{}", usage(&whole));
+    assert_eq!(usage(&rest), usage(&whole));
+    body["consort"]["choices"] = json!([[1], [2]]);
+    let error = server.post("/v1/completions", &body);
+    assert_eq!(error.status, 400);
+    assert!(error.text().contains("this request has 4 choices"), "{}", error.text());
+}
+
+#[test]
 fn an_answer_that_was_complete_is_only_ended() {
     let engine = Scripted::always(Script::say("abc STOP"));
     let server = Server::start(Arc::clone(&engine));

@@ -43,7 +43,7 @@ impl ChunkWriter {
         put_json(&mut head, &envelope.fingerprint);
         head.put_slice(b",\"choices\":[");
         let tail: &[u8] = if envelope.include_usage { b"],\"usage\":null}\n\n" } else { b"]}\n\n" };
-        ChunkWriter { head: head.to_vec(), tail, offsets: vec![envelope.said; envelope.choices] }
+        ChunkWriter { head: head.to_vec(), tail, offsets: envelope.said.clone() }
     }
 
     /// Role-first: says who speaks, before anything is said.

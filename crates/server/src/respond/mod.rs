@@ -39,10 +39,10 @@ pub(crate) struct Envelope {
     pub(crate) logprobs: bool,
     pub(crate) return_token_ids: bool,
     pub(crate) include_usage: bool,
-    /// Goes on with an answer begun elsewhere: the first chunk was sent there.
-    pub(crate) resumed: bool,
-    /// Characters that were said there, an echoed prompt's included.
-    pub(crate) said: usize,
+    /// For each choice, whether it goes on with an answer begun elsewhere: its first chunk was sent there.
+    pub(crate) resumed: Vec<bool>,
+    /// For each choice, the characters that were said there, an echoed prompt's included.
+    pub(crate) said: Vec<usize>,
     /// For each prompt, what is put before its answers: its text and ids.
     pub(crate) echo: Option<Vec<Echo>>,
     pub(crate) keep_alive: Duration,

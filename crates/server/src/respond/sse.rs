@@ -39,7 +39,7 @@ impl SseBody {
         let writer = ChunkWriter::new(&envelope);
         let keep_alive = Box::pin(tokio::time::sleep(envelope.keep_alive));
         SseBody {
-            opened: vec![envelope.resumed; envelope.choices],
+            opened: envelope.resumed.clone(),
             writer,
             set,
             usage: UsageSum::default(),

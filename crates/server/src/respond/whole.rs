@@ -128,12 +128,12 @@ fn chat_choice(envelope: &Envelope, index: usize, own: Gathered) -> ChatChoice {
 }
 
 fn completion_choice(envelope: &Envelope, index: usize, own: Gathered) -> CompletionChoice {
-    let echo = envelope.echo.as_ref().filter(|_| !envelope.resumed).map(|e| &e[index / envelope.n]);
+    let echo = envelope.echo.as_ref().filter(|_| !envelope.resumed[index]).map(|e| &e[index / envelope.n]);
     let mut lists: Option<CompletionLogprobs> = None;
     if envelope.logprobs {
         let mut tokens = echo.map(|echo| prompt_tokens(&echo.ids, own.prompt.as_deref())).unwrap_or_default();
         tokens.extend(own.tokens.iter().cloned());
-        let mut offset = envelope.said;
+        let mut offset = envelope.said[index];
         lists = Some(logprobs::completion(&envelope.tokenizer, &tokens, &mut offset));
     }
     let mut text = echo.map(|echo| echo.text.clone()).unwrap_or_default();
