@@ -44,6 +44,11 @@ pub(crate) fn api_key() -> Option<String> {
     var("CONSORT_API_KEY")
 }
 
+/// The key that a gateway's replicas demand: `CONSORT_UPSTREAM_KEY`.
+pub(crate) fn upstream_key() -> Option<String> {
+    var("CONSORT_UPSTREAM_KEY")
+}
+
 /// What to log: `CONSORT_LOG`, a level or directives.
 pub(crate) fn log_filter(default: &str) -> String {
     var("CONSORT_LOG").unwrap_or_else(|| default.to_string())

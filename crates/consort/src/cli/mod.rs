@@ -1,6 +1,7 @@
 //! The command surface: one file a subcommand.
 
 mod bench;
+mod gateway;
 mod models;
 mod pull;
 mod run;
@@ -29,6 +30,8 @@ enum Command {
     Run(run::Run),
     /// Serve a model over the OpenAI API
     Serve(serve::Serve),
+    /// Stand before replicas that run elsewhere, as one
+    Gateway(gateway::Gateway),
     /// Fetch a model
     Pull(pull::Pull),
     /// List, verify and remove models
@@ -56,6 +59,7 @@ impl Cli {
             Command::Up(up) => up.run(),
             Command::Run(run) => run.run(started),
             Command::Serve(serve) => serve.run(),
+            Command::Gateway(gateway) => gateway.run(),
             Command::Pull(pull) => pull.run(),
             Command::Models(models) => models.run(),
             Command::Bench(bench) => bench.run(),

@@ -1,0 +1,115 @@
+//! `consort gateway`: the front door alone, before replicas that somebody else runs.
+
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use clap::Args;
+use consort_api::{FleetReplica, Numerics};
+use consort_gateway::{Discovery, Gateway as Door, Settings};
+
+use crate::cli::UsageError;
+use crate::listen::{Bound, Listen};
+use crate::signals;
+use crate::terminal::{Style, line, note};
+
+/// Stand before replicas that run elsewhere, as one
+///
+/// Clients speak OpenAI's API to the gateway. An answer whose replica dies, hangs or is shut down goes on at the next
+/// token on another one.
+#[derive(Args, Debug)]
+#[command(
+    after_help = "Examples:\n  consort gateway --upstream http://127.0.0.1:8081 --upstream http://127.0.0.1:8082\n  consort gateway --upstream http://10.0.0.5:8080 --upstream-key \"$REPLICA_KEY\" --port 9000"
+)]
+pub(crate) struct Gateway {
+    /// Address of a replica (`consort serve`); repeatable
+    #[arg(long = "upstream", value_name = "URL", required = true)]
+    upstreams: Vec<String>,
+    /// Key that the replicas demand [default: CONSORT_UPSTREAM_KEY]
+    #[arg(long, value_name = "KEY")]
+    upstream_key: Option<String>,
+    #[command(flatten)]
+    listen: Listen,
+    /// Where no replica of the same numerics class is left, continue an answer on another, and say so in its last event
+    #[arg(long)]
+    any_class: bool,
+    /// A stream without a byte for this long is continued on another replica
+    #[arg(long, value_name = "MILLISECONDS", default_value_t = 20_000, value_parser = clap::value_parser!(u64).range(50..=3_600_000))]
+    silence_timeout: u64,
+    /// Host name under which a gateway without a key may be reached beside loopback's (behind a proxy); repeatable
+    #[arg(long = "allow-host", value_name = "HOST")]
+    allowed_hosts: Vec<String>,
+    /// Origin like `https://example.org` whose pages may call the API; repeatable
+    #[arg(long = "allow-origin", value_name = "ORIGIN")]
+    allowed_origins: Vec<String>,
+    /// Print one line of JSON once listening, instead of the summary
+    #[arg(long)]
+    json: bool,
+}
+
+impl Gateway {
+    pub(crate) fn run(self) -> Result<()> {
+        super::log("warn")?;
+        let discovery = self.discovery()?;
+        let mut settings = Settings::default();
+        settings.replicas.silence_timeout = Duration::from_millis(self.silence_timeout);
+        settings.clients.allowed_hosts = self.allowed_hosts.clone();
+        settings.clients.allowed_origins = self.allowed_origins.clone();
+        let bound = self.listen.bind()?;
+        if bound.moved {
+            let port = bound.address.port();
+            note(&format!("port {} is taken; using {port}", crate::listen::DEFAULT_PORT));
+        }
+        let door = Door::new(settings);
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .max_blocking_threads(4)
+            .thread_name("consort-gateway")
+            .build()
+            .context("can't start the HTTP runtime")?;
+        let mut ended = Ok(());
+        runtime.block_on(async {
+            let stop = async { ended = signals::stop().await.context("can't listen for signals") };
+            self.print(&bound)?;
+            let listener = tokio::net::TcpListener::from_std(bound.listener)
+                .context("can't watch the listening socket")?;
+            tokio::spawn(discovery.run(door.clone()));
+            anyhow::Ok(door.serve(listener, stop).await?)
+        })?;
+        ended
+    }
+
+    fn discovery(&self) -> Result<Discovery> {
+        let key = self.upstream_key.clone().or_else(crate::environment::upstream_key);
+        let replica = |url: &String| FleetReplica {
+            id: url.trim_end_matches('/').trim_start_matches("http://").to_owned(),
+            url: url.clone(),
+            key: key.clone(),
+            slow_start_ms: 0,
+            draining: false,
+        };
+        let numerics = if self.any_class { Numerics::AnyClass } else { Numerics::SameClass };
+        Discovery::new(self.upstreams.iter().map(replica).collect(), numerics)
+            .map_err(|e| UsageError(format!("--upstream: {e}")).into())
+    }
+
+    fn print(&self, bound: &Bound) -> Result<()> {
+        let url = bound.url();
+        if self.json {
+            return Ok(line(serde_json::json!({
+                "url": url, "address": bound.address.to_string(), "upstreams": self.upstreams,
+            }))?);
+        }
+        let style = Style::stdout();
+        let count = self.upstreams.len();
+        line("")?;
+        line(format_args!(
+            "  {}",
+            style.bold(&format!("A gateway before {count} replica{}", if count == 1 { "" } else { "s" }))
+        ))?;
+        line("")?;
+        line(format_args!("  {}  {url}/v1", style.dim("OpenAI API ")))?;
+        line(format_args!("  {}  Ctrl-C", style.dim("Stop       ")))?;
+        line("")?;
+        Ok(())
+    }
+}

@@ -1,0 +1,157 @@
+//! The models, versions and replicas that the gateway stands before, replaced live.
+//!
+//! A request takes one look at the fleet (a reference count) and keeps it; a replacement is a new value beside it.
+//! What is known of a replica, a version or a model outlives replacements as long as its name does.
+
+mod probe;
+mod replica;
+
+use std::collections::HashMap;
+use std::sync::{Arc, PoisonError, RwLock};
+
+use consort_api::{Fleet, Numerics};
+use tokio::sync::Notify;
+
+use crate::proxy::upstream::{AddressError, Upstream};
+use crate::settings::ReplicaSettings;
+
+pub(crate) use probe::watch;
+pub(crate) use replica::{Replica, Ticket};
+
+/// Why a fleet can't be stood before.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum FleetError {
+    /// A replica's address is unusable.
+    #[error(transparent)]
+    Address(#[from] AddressError),
+    /// Two things bear one name.
+    #[error("{what} {name:?} is there twice; each needs a name of its own")]
+    Twice {
+        /// What they are.
+        what: &'static str,
+        /// The name.
+        name: String,
+    },
+    /// A model has no version.
+    #[error("the model {model:?} has no version; give it at least one, which may be without replicas")]
+    NoVersion {
+        /// The model.
+        model: String,
+    },
+}
+
+/// The version's name where a model has but one and nobody named it.
+pub(crate) const ONLY_VERSION: &str = "stable";
+
+/// One model.
+pub(crate) struct Model {
+    pub(crate) name: String,
+    /// The name as JSON.
+    pub(crate) literal: String,
+    pub(crate) versions: Vec<Version>,
+}
+
+/// One version of a model.
+pub(crate) struct Version {
+    pub(crate) name: String,
+    pub(crate) weight: u32,
+    pub(crate) numerics: Numerics,
+    pub(crate) replicas: Vec<Arc<Replica>>,
+}
+
+/// The fleet at one time.
+#[derive(Default)]
+pub(crate) struct Models {
+    pub(crate) list: Vec<Arc<Model>>,
+    by_name: HashMap<String, Arc<Model>>,
+}
+
+/// The fleet, live.
+#[derive(Default)]
+pub(crate) struct Registry {
+    models: RwLock<Arc<Models>>,
+    /// A replica may take a request now that couldn't before.
+    pub(crate) room: Notify,
+    /// The fleet was replaced.
+    pub(crate) replaced: Notify,
+}
+
+impl Models {
+    pub(crate) fn get(&self, name: &str) -> Option<&Arc<Model>> {
+        self.by_name.get(name)
+    }
+
+    pub(crate) fn replicas(&self) -> impl Iterator<Item = &Arc<Replica>> {
+        self.list.iter().flat_map(|model| &model.versions).flat_map(|version| &version.replicas)
+    }
+}
+
+impl Registry {
+    /// The fleet now.
+    pub(crate) fn models(&self) -> Arc<Models> {
+        self.models.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Replaces the fleet. Replicas that keep id, address and key keep what is known of them.
+    ///
+    /// # Errors
+    /// [`FleetError`]; the fleet is then as it was.
+    pub(crate) fn replace(&self, fleet: &Fleet, settings: &ReplicaSettings) -> Result<(), FleetError> {
+        let twice = |what, name: &str| Err(FleetError::Twice { what, name: name.to_owned() });
+        let before = self.models();
+        let known: HashMap<&str, &Arc<Replica>> = before.replicas().map(|r| (r.id.as_str(), r)).collect();
+        let mut seen = std::collections::HashSet::new();
+        let mut models = Models::default();
+        for model in &fleet.models {
+            if model.versions.is_empty() {
+                return Err(FleetError::NoVersion { model: model.name.clone() });
+            }
+            let mut versions: Vec<Version> = Vec::with_capacity(model.versions.len());
+            for version in &model.versions {
+                if versions.iter().any(|v| v.name == version.name) {
+                    return twice("version", &version.name);
+                }
+                let mut replicas = Vec::with_capacity(version.replicas.len());
+                for replica in &version.replicas {
+                    if !seen.insert(replica.id.as_str()) {
+                        return twice("replica", &replica.id);
+                    }
+                    let same = known.get(replica.id.as_str()).filter(|known| known.is(replica));
+                    replicas.push(match same {
+                        Some(known) => Arc::clone(known),
+                        None => {
+                            let upstream = Upstream::new(&replica.url, replica.key.as_deref())?;
+                            Arc::new(Replica::new(replica, upstream, settings))
+                        }
+                    });
+                }
+                versions.push(Version {
+                    name: version.name.clone(),
+                    weight: version.weight,
+                    numerics: version.numerics,
+                    replicas,
+                });
+            }
+            let entry = Arc::new(Model {
+                name: model.name.clone(),
+                literal: crate::proxy::chunk::literal(&model.name),
+                versions,
+            });
+            for name in std::iter::once(&model.name).chain(&model.aliases) {
+                if models.by_name.insert(name.clone(), Arc::clone(&entry)).is_some() {
+                    return twice("model", name);
+                }
+            }
+            models.list.push(entry);
+        }
+        // Draining is asked for and withdrawn on the replicas that stay; nothing above can fail any more.
+        let wanted = fleet.models.iter().flat_map(|m| &m.versions).flat_map(|v| &v.replicas);
+        for (replica, wanted) in models.replicas().zip(wanted) {
+            replica.set_draining(wanted.draining);
+        }
+        *self.models.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(models);
+        self.replaced.notify_waiters();
+        self.room.notify_waiters();
+        Ok(())
+    }
+}

@@ -1,0 +1,129 @@
+//! Asks each replica for `/ready`, again and again, and at once where a stream from it has fallen silent.
+//!
+//! Each probe takes a connection of its own or one that is idle, like a request would: what it proves is that a
+//! request would be heard.
+
+use std::collections::HashMap;
+use std::io;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use consort_api::{ErrorBody, ModelList, ReadyReport};
+use http_body_util::{BodyExt as _, Full, Limited};
+use hyper::{Request, StatusCode};
+use tokio::task::AbortHandle;
+
+use super::{Registry, Replica};
+use crate::policy::liveness::{Change, Probe};
+use crate::proxy::upstream::SendError;
+use crate::settings::ReplicaSettings;
+
+/// Bytes of a probe's answer.
+const MAX_BYTES: usize = 64 << 10;
+
+/// Watches all replicas of the fleet, whatever it is replaced by. Never returns; dropping it ends all probes.
+pub(crate) async fn watch(registry: Arc<Registry>, settings: ReplicaSettings) {
+    let mut probes: HashMap<String, Watched> = HashMap::new();
+    loop {
+        let replaced = registry.replaced.notified();
+        let models = registry.models();
+        probes.retain(|_, watched| models.replicas().any(|replica| Arc::ptr_eq(replica, &watched.replica)));
+        for replica in models.replicas() {
+            if !probes.contains_key(&replica.id) {
+                let task = tokio::spawn(probe_for_ever(registry.clone(), replica.clone(), settings.clone()));
+                probes.insert(
+                    replica.id.clone(),
+                    Watched { replica: replica.clone(), task: task.abort_handle() },
+                );
+            }
+        }
+        drop(models);
+        replaced.await;
+    }
+}
+
+struct Watched {
+    replica: Arc<Replica>,
+    task: AbortHandle,
+}
+
+impl Drop for Watched {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+async fn probe_for_ever(registry: Arc<Registry>, replica: Arc<Replica>, settings: ReplicaSettings) {
+    let mut urgent = false;
+    loop {
+        let probe = probe(&replica, settings.probe_timeout).await;
+        let change = replica.probed(Instant::now(), &probe, urgent);
+        if change == Change::Up {
+            learn(&replica, settings.probe_timeout).await;
+            registry.room.notify_waiters();
+        }
+        // One that isn't there yet is asked more often: a start takes tenths of a second.
+        let pause = if matches!(probe, Probe::Report(_)) {
+            settings.probe_interval
+        } else {
+            settings.probe_interval.min(Duration::from_millis(100))
+        };
+        urgent = tokio::select! {
+            () = tokio::time::sleep(pause) => false,
+            () = replica.suspected.notified() => true,
+        };
+    }
+}
+
+async fn probe(replica: &Replica, timeout: Duration) -> Probe {
+    match tokio::time::timeout(timeout, get(replica, "/ready", timeout)).await {
+        Err(_) => Probe::Silent,
+        Ok(Err(SendError::Connect(error))) if error.kind() == io::ErrorKind::TimedOut => Probe::Silent,
+        Ok(Err(SendError::Connect(_) | SendError::Broken { .. })) => Probe::Refused,
+        Ok(Ok((StatusCode::OK, body))) => match serde_json::from_slice::<ReadyReport>(&body) {
+            Ok(report) => Probe::Report(report),
+            Err(_) => Probe::Wrong("its /ready is no replica's".to_owned()),
+        },
+        Ok(Ok((StatusCode::SERVICE_UNAVAILABLE, body))) => {
+            let code = serde_json::from_slice::<ErrorBody>(&body).ok().and_then(|body| body.error.code);
+            Probe::NotReady { draining: code.as_deref() == Some("draining") }
+        }
+        Ok(Ok((status, _))) => Probe::Wrong(format!("its /ready answers {status}")),
+    }
+}
+
+/// Asks what is worth knowing once.
+async fn learn(replica: &Replica, timeout: Duration) {
+    let asked = tokio::time::timeout(timeout, get(replica, "/v1/models", timeout)).await;
+    if let Ok(Ok((StatusCode::OK, body))) = asked
+        && let Ok(models) = serde_json::from_slice::<ModelList>(&body)
+    {
+        replica.core().max_model_len = models.data.first().map(|card| card.max_model_len);
+    }
+}
+
+async fn get(replica: &Replica, path: &str, timeout: Duration) -> Result<(StatusCode, Bytes), SendError> {
+    let upstream = &replica.upstream;
+    let request = || {
+        let mut request = Request::new(Full::default());
+        *request.uri_mut() = path.parse().unwrap_or_default();
+        request
+    };
+    let mut connection = upstream.connect(timeout).await?;
+    let response = match upstream.send(&mut connection, request()).await {
+        Err(SendError::Broken { stale: true, .. }) => {
+            connection = upstream.connect_anew(timeout).await?;
+            upstream.send(&mut connection, request()).await?
+        }
+        sent => sent?,
+    };
+    let status = response.status();
+    match Limited::new(response.into_body(), MAX_BYTES).collect().await {
+        Ok(body) => {
+            upstream.put_back(connection);
+            Ok((status, body.to_bytes()))
+        }
+        Err(error) => Err(SendError::Connect(io::Error::other(error))),
+    }
+}

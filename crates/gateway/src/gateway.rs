@@ -1,0 +1,81 @@
+//! The handle: what its owner sets and reads, and the server's life.
+
+use std::future::Future;
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use consort_api::Fleet;
+use tokio::net::TcpListener;
+
+use crate::fleet::{FleetError, Registry};
+use crate::http::accept::Server;
+use crate::settings::Settings;
+
+/// A front door. Its owner keeps it in an [`Arc`], serves it, and changes its fleet while it runs.
+pub struct Gateway {
+    pub(crate) settings: Settings,
+    pub(crate) registry: Arc<Registry>,
+    draining: AtomicBool,
+}
+
+/// Why a gateway didn't start.
+#[derive(Debug, thiserror::Error)]
+pub enum ServeError {
+    /// Anyone on the network could use it.
+    #[error(
+        "{address} can be reached from other machines: that needs an API key; set one, or bind 127.0.0.1"
+    )]
+    KeyNeeded {
+        /// Where it was to listen.
+        address: SocketAddr,
+    },
+    /// The socket is unusable.
+    #[error("the listening socket failed: {0}")]
+    Socket(#[from] io::Error),
+}
+
+impl Gateway {
+    /// A gateway before an empty fleet.
+    pub fn new(settings: Settings) -> Arc<Gateway> {
+        Arc::new(Gateway { settings, registry: Arc::default(), draining: AtomicBool::new(false) })
+    }
+
+    /// Replaces the fleet. Requests under way go on where they are; replicas that are gone are left as they end.
+    ///
+    /// # Errors
+    /// [`FleetError`]; the fleet is then as it was.
+    pub fn set_fleet(&self, fleet: &Fleet) -> Result<(), FleetError> {
+        self.registry.replace(fleet, &self.settings.replicas)
+    }
+
+    /// Serves on `listener` until `shutdown` completes; then lets what runs finish and returns.
+    ///
+    /// # Errors
+    /// [`ServeError`]
+    pub async fn serve(
+        self: Arc<Gateway>,
+        listener: TcpListener,
+        shutdown: impl Future<Output = ()>,
+    ) -> Result<(), ServeError> {
+        let address = listener.local_addr()?;
+        if !address.ip().is_loopback() {
+            return Err(ServeError::KeyNeeded { address });
+        }
+        let watching =
+            tokio::spawn(crate::fleet::watch(self.registry.clone(), self.settings.replicas.clone()));
+        tracing::info!(%address, "listening");
+        Server::new(self.clone()).run(&listener, shutdown).await;
+        watching.abort();
+        Ok(())
+    }
+
+    pub(crate) fn start_draining(&self) {
+        self.draining.store(true, Ordering::Relaxed);
+    }
+
+    pub(crate) fn draining(&self) -> bool {
+        self.draining.load(Ordering::Relaxed)
+    }
+}

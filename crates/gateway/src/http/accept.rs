@@ -1,0 +1,120 @@
+//! Accepts connections, drives them, and closes them when the gateway ends.
+
+use std::convert::Infallible;
+use std::future::Future;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use hyper::server::conn::http1;
+use hyper::service::service_fn;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{Semaphore, watch};
+
+use super::front::Front;
+use super::socket::Timed;
+use crate::Gateway;
+
+/// What open connections get to finish when the gateway ends.
+const CLOSING: Duration = Duration::from_secs(35);
+
+/// The server's side of a gateway.
+pub(crate) struct Server {
+    front: Arc<Front>,
+    /// One for each connection.
+    places: Arc<Semaphore>,
+    most: usize,
+    closing: watch::Sender<bool>,
+}
+
+impl Server {
+    pub(crate) fn new(gateway: Arc<Gateway>) -> Server {
+        let most = gateway.settings.clients.max_connections.clamp(1, Semaphore::MAX_PERMITS);
+        Server {
+            front: Arc::new(Front::new(gateway)),
+            places: Arc::new(Semaphore::new(most)),
+            most,
+            closing: watch::channel(false).0,
+        }
+    }
+
+    /// Accepts until `shutdown` completes, then waits for what runs.
+    pub(crate) async fn run(&self, listener: &TcpListener, shutdown: impl Future<Output = ()>) {
+        tokio::select! {
+            () = self.accept(listener) => {}
+            () = shutdown => {}
+        }
+        tracing::info!("draining");
+        self.front.gateway.start_draining();
+        self.closing.send_replace(true);
+        let all = u32::try_from(self.most).unwrap_or(u32::MAX);
+        tokio::select! {
+            // Whoever comes now gets a 503 with Retry-After rather than a refused connection.
+            () = self.accept(listener) => {}
+            done = tokio::time::timeout(CLOSING, self.places.acquire_many(all)) => {
+                if done.is_err() {
+                    tracing::warn!(left = self.most - self.places.available_permits(), "connections were cut");
+                }
+            }
+        }
+    }
+
+    async fn accept(&self, listener: &TcpListener) {
+        loop {
+            // The semaphore is never closed.
+            let Ok(place) = self.places.clone().acquire_owned().await else { return };
+            match listener.accept().await {
+                Ok((stream, peer)) => {
+                    let (front, closing) = (self.front.clone(), self.closing.subscribe());
+                    tokio::spawn(async move {
+                        serve(front, stream, peer, closing).await;
+                        drop(place);
+                    });
+                }
+                Err(error) => {
+                    // Out of file descriptors, or a client that was gone already: neither ends the server.
+                    tracing::warn!(%error, "accept failed");
+                    tokio::time::sleep(Duration::from_millis(50)).await;
+                }
+            }
+        }
+    }
+}
+
+async fn serve(front: Arc<Front>, stream: TcpStream, peer: SocketAddr, mut closing: watch::Receiver<bool>) {
+    // Tokens are small writes that must not wait for each other.
+    if let Err(error) = stream.set_nodelay(true) {
+        tracing::debug!(%error, "TCP_NODELAY");
+    }
+    let settings = &front.gateway.settings.clients;
+    let socket = TokioIo::new(Timed::new(stream, settings.write_timeout));
+    let mut builder = http1::Builder::new();
+    builder
+        .timer(TokioTimer::new())
+        .header_read_timeout(settings.header_timeout)
+        .max_headers(settings.max_headers)
+        .max_buf_size(settings.max_header_bytes.max(8 << 10));
+    let service = service_fn(|request| {
+        let front = front.clone();
+        async move { Ok::<_, Infallible>(front.answer(request, peer).await) }
+    });
+    let mut connection = std::pin::pin!(builder.serve_connection(socket, service));
+    let mut graceful = false;
+    loop {
+        tokio::select! {
+            result = connection.as_mut() => {
+                if let Err(error) = result {
+                    tracing::debug!(%error, "connection ended");
+                }
+                return;
+            }
+            changed = closing.wait_for(|closing| *closing), if !graceful => {
+                graceful = true;
+                if changed.is_ok() {
+                    connection.as_mut().graceful_shutdown();
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,133 @@
+//! Response bodies: all at once, as events come, or as another server sends them.
+
+use std::convert::Infallible;
+use std::pin::Pin;
+use std::task::{Context, Poll};
+
+use bytes::{Bytes, BytesMut};
+use http_body::{Frame, SizeHint};
+use http_body_util::combinators::UnsyncBoxBody;
+use hyper::body::Incoming;
+
+use crate::fleet::Ticket;
+use crate::proxy::upstream::Connection;
+
+/// Bytes of one write, where events are ready together.
+const WRITE_BYTES: usize = 16 << 10;
+
+/// A response's body.
+pub struct Body(Kind);
+
+enum Kind {
+    Full(Bytes),
+    Events(tokio::sync::mpsc::Receiver<Bytes>),
+    Upstream(Box<Upstream>),
+    Boxed(UnsyncBoxBody<Bytes, Infallible>),
+}
+
+/// Another server's body, and what it holds.
+struct Upstream {
+    body: Incoming,
+    ticket: Ticket,
+    connection: Option<Connection>,
+}
+
+/// The body broke off.
+#[derive(Debug, thiserror::Error)]
+#[error("the body broke off: {0}")]
+pub struct BodyError(String);
+
+impl Body {
+    /// No bytes.
+    pub fn empty() -> Body {
+        Body::from(Bytes::new())
+    }
+
+    /// Bytes that come as they come.
+    pub fn stream(body: impl http_body::Body<Data = Bytes, Error = Infallible> + Send + 'static) -> Body {
+        Body(Kind::Boxed(UnsyncBoxBody::new(body)))
+    }
+
+    pub(crate) fn events(receiver: tokio::sync::mpsc::Receiver<Bytes>) -> Body {
+        Body(Kind::Events(receiver))
+    }
+
+    pub(crate) fn upstream(body: Incoming, ticket: Ticket, connection: Connection) -> Body {
+        Body(Kind::Upstream(Box::new(Upstream { body, ticket, connection: Some(connection) })))
+    }
+}
+
+impl From<Bytes> for Body {
+    fn from(bytes: Bytes) -> Body {
+        Body(Kind::Full(bytes))
+    }
+}
+
+impl From<String> for Body {
+    fn from(text: String) -> Body {
+        Body::from(Bytes::from(text))
+    }
+}
+
+impl http_body::Body for Body {
+    type Data = Bytes;
+    type Error = BodyError;
+
+    fn poll_frame(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+        match &mut self.get_mut().0 {
+            Kind::Full(bytes) if bytes.is_empty() => Poll::Ready(None),
+            Kind::Full(bytes) => Poll::Ready(Some(Ok(Frame::data(std::mem::take(bytes))))),
+            Kind::Events(receiver) => poll_events(receiver, cx),
+            Kind::Upstream(upstream) => {
+                let frame = Pin::new(&mut upstream.body).poll_frame(cx);
+                let ended = matches!(frame, Poll::Ready(None)) || upstream.body.is_end_stream();
+                if ended && let Some(connection) = upstream.connection.take() {
+                    upstream.ticket.replica.upstream.put_back(connection);
+                }
+                frame.map_err(|error| BodyError(error.to_string()))
+            }
+            Kind::Boxed(body) => Pin::new(body).poll_frame(cx).map_err(|never| match never {}),
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        match &self.0 {
+            Kind::Full(bytes) => bytes.is_empty(),
+            Kind::Events(_) => false,
+            Kind::Upstream(upstream) => upstream.body.is_end_stream(),
+            Kind::Boxed(body) => body.is_end_stream(),
+        }
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        match &self.0 {
+            Kind::Full(bytes) => SizeHint::with_exact(bytes.len() as u64),
+            Kind::Events(_) => SizeHint::default(),
+            Kind::Upstream(upstream) => upstream.body.size_hint(),
+            Kind::Boxed(body) => body.size_hint(),
+        }
+    }
+}
+
+/// The events that are ready, in one frame.
+fn poll_events(
+    receiver: &mut tokio::sync::mpsc::Receiver<Bytes>,
+    cx: &mut Context<'_>,
+) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+    let Poll::Ready(first) = receiver.poll_recv(cx) else { return Poll::Pending };
+    let Some(first) = first else { return Poll::Ready(None) };
+    let Ok(second) = receiver.try_recv() else { return Poll::Ready(Some(Ok(Frame::data(first)))) };
+    let mut together = BytesMut::with_capacity(first.len() + second.len() + 1024);
+    together.extend_from_slice(&first);
+    together.extend_from_slice(&second);
+    while together.len() < WRITE_BYTES {
+        match receiver.try_recv() {
+            Ok(event) => together.extend_from_slice(&event),
+            Err(_) => break,
+        }
+    }
+    Poll::Ready(Some(Ok(Frame::data(together.freeze()))))
+}

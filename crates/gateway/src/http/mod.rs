@@ -1,0 +1,8 @@
+//! The sockets' side: connections, bodies, and which path is what.
+
+pub(crate) mod accept;
+pub(crate) mod answers;
+pub(crate) mod body;
+pub(crate) mod front;
+pub(crate) mod read;
+mod socket;

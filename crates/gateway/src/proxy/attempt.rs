@@ -1,0 +1,242 @@
+//! One replica's try at an answer: the request sent there, and the events that come back until it ends or breaks.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use http_body::Body as _;
+use http_body_util::{BodyExt as _, Full, Limited};
+use hyper::body::Incoming;
+use hyper::header::{CONTENT_TYPE, HeaderMap, HeaderValue};
+use hyper::{Method, Request, Response, StatusCode};
+use tokio::sync::watch;
+
+use super::sse::{Event, Events};
+use super::upstream::{Connection, SendError};
+use crate::fleet::{Replica, Ticket};
+use crate::settings::ReplicaSettings;
+
+/// Bytes of a refusal that is passed on.
+const MAX_REFUSAL: usize = 64 << 10;
+
+/// Why a try came to nothing.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Failure {
+    /// No connection.
+    Unreachable(String),
+    /// The connection broke.
+    Broken(String),
+    /// What came was no answer.
+    Garbage,
+    /// Nothing came for too long.
+    Silent,
+    /// The replica was found dead while it was waited for.
+    Lost,
+    /// It is shutting down, and says so.
+    HandedOver,
+    /// It isn't ready, or full: what it said.
+    NotNow(Box<Refused>),
+    /// It failed: what it said.
+    Error(Box<Refused>),
+    /// Its numerics class is another than the answer's.
+    OtherClass,
+    /// The request's own time was up.
+    Deadline,
+}
+
+/// A response that is no answer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Refused {
+    pub(crate) status: StatusCode,
+    pub(crate) headers: HeaderMap,
+    pub(crate) body: Bytes,
+}
+
+/// What a replica made of a request.
+pub(crate) enum Reply {
+    /// It streams.
+    Stream(Box<Attempt>),
+    /// It says that the request is wrong: the client's affair.
+    Refused(Box<Refused>),
+    /// It answers as a whole although it was asked for a stream: no replica of ours, but fine.
+    Whole(Box<Foreign>),
+}
+
+/// A whole response of somebody else's server.
+pub(crate) struct Foreign {
+    pub(crate) response: Response<Incoming>,
+    pub(crate) ticket: Ticket,
+    pub(crate) connection: Connection,
+}
+
+/// A stream under way.
+pub(crate) struct Attempt {
+    pub(crate) ticket: Ticket,
+    pub(crate) headers: HeaderMap,
+    body: Incoming,
+    connection: Option<Connection>,
+    events: Events,
+    lost: watch::Receiver<u64>,
+    settings: ReplicaSettings,
+}
+
+/// What is sent.
+pub(crate) struct Question {
+    pub(crate) path: &'static str,
+    pub(crate) headers: HeaderMap,
+    pub(crate) body: Bytes,
+    pub(crate) tokens: u64,
+}
+
+impl Attempt {
+    /// Sends the request and waits until the replica has taken it.
+    pub(crate) async fn start(
+        replica: &Arc<Replica>,
+        question: Question,
+        settings: &ReplicaSettings,
+        deadline: Instant,
+    ) -> Result<Reply, Failure> {
+        let ticket = replica.ticket(question.tokens);
+        let mut lost = replica.lost();
+        lost.mark_unchanged();
+        let mut sending = Box::pin(send(replica, &question, settings.connect_timeout));
+        let sent = wait(&mut sending, replica, &mut lost, settings, deadline).await?;
+        drop(sending);
+        let (response, connection) = sent.map_err(|error| match error {
+            SendError::Connect(error) => Failure::Unreachable(error.to_string()),
+            SendError::Broken { error, .. } => Failure::Broken(error.to_string()),
+        })?;
+        replica.seen_alive();
+        if response.status() == StatusCode::OK {
+            let events = response.headers().get(CONTENT_TYPE);
+            let streams = events.is_some_and(|kind| kind.as_bytes().starts_with(b"text/event-stream"));
+            if !streams {
+                return Ok(Reply::Whole(Box::new(Foreign { response, ticket, connection })));
+            }
+            let (parts, body) = response.into_parts();
+            return Ok(Reply::Stream(Box::new(Attempt {
+                ticket,
+                headers: parts.headers,
+                body,
+                connection: Some(connection),
+                events: Events::default(),
+                lost,
+                settings: settings.clone(),
+            })));
+        }
+        let (parts, body) = response.into_parts();
+        let reading = Limited::new(body, MAX_REFUSAL).collect();
+        let body = match tokio::time::timeout_at(deadline.into(), reading).await {
+            Ok(Ok(body)) => body.to_bytes(),
+            Ok(Err(error)) => return Err(Failure::Broken(error.to_string())),
+            Err(_) => return Err(Failure::Deadline),
+        };
+        replica.upstream.put_back(connection);
+        let refused = Box::new(Refused { status: parts.status, headers: parts.headers, body });
+        match parts.status.as_u16() {
+            429 | 503 => Err(Failure::NotNow(refused)),
+            504 => Err(Failure::Deadline),
+            // A replica asks for a key that the gateway should have had: no client's mistake.
+            401 | 403 | 408 | 500.. => Err(Failure::Error(refused)),
+            400..=499 => Ok(Reply::Refused(refused)),
+            _ => Err(Failure::Garbage),
+        }
+    }
+
+    /// The next event that is one; comments are signs of life only.
+    pub(crate) async fn event(&mut self, deadline: Instant) -> Result<Event, Failure> {
+        loop {
+            match self.events.next() {
+                Err(_) => return Err(Failure::Garbage),
+                Ok(Some(Event::Comment)) => {}
+                Ok(Some(event)) => return Ok(event),
+                Ok(None) => {
+                    let replica = self.ticket.replica.clone();
+                    let mut frame = self.body.frame();
+                    let frame = wait(&mut frame, &replica, &mut self.lost, &self.settings, deadline).await?;
+                    match frame {
+                        None => return Err(Failure::Broken("it ended before the answer did".to_owned())),
+                        Some(Err(error)) => return Err(Failure::Broken(error.to_string())),
+                        Some(Ok(frame)) => {
+                            if let Ok(bytes) = frame.into_data() {
+                                self.ticket.replica.seen_alive();
+                                self.events.push(bytes);
+                            }
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    /// The answer is complete: the connection may serve another.
+    pub(crate) async fn finish(mut self) {
+        // The stream's last chunk may be on its way; a replica that doesn't end it soon loses the connection.
+        let mut ended = self.body.is_end_stream();
+        if !ended {
+            let end = async { while self.body.frame().await.is_some_and(|frame| frame.is_ok()) {} };
+            ended = tokio::time::timeout(Duration::from_millis(200), end).await.is_ok();
+        }
+        if ended && let Some(connection) = self.connection.take() {
+            self.ticket.replica.upstream.put_back(connection);
+        }
+    }
+}
+
+/// Sends, once more over a new connection where an old one was closed under it.
+async fn send(
+    replica: &Replica,
+    question: &Question,
+    timeout: Duration,
+) -> Result<(Response<Incoming>, Connection), SendError> {
+    let request = || {
+        let mut request = Request::new(Full::new(question.body.clone()));
+        *request.method_mut() = Method::POST;
+        *request.uri_mut() = hyper::Uri::from_static(question.path);
+        *request.headers_mut() = question.headers.clone();
+        request.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
+        request
+    };
+    let mut connection = replica.upstream.connect(timeout).await?;
+    match replica.upstream.send(&mut connection, request()).await {
+        Err(SendError::Broken { stale: true, .. }) => {
+            connection = replica.upstream.connect_anew(timeout).await?;
+            let response = replica.upstream.send(&mut connection, request()).await?;
+            Ok((response, connection))
+        }
+        sent => sent.map(|response| (response, connection)),
+    }
+}
+
+/// Waits for something from a replica, no longer than makes sense.
+async fn wait<F: Future + Unpin>(
+    future: &mut F,
+    replica: &Replica,
+    lost: &mut watch::Receiver<u64>,
+    settings: &ReplicaSettings,
+    deadline: Instant,
+) -> Result<F::Output, Failure> {
+    let begun = Instant::now();
+    let silence = begun + settings.silence_timeout;
+    let mut check = settings.suspect_after;
+    loop {
+        let wake = (begun + check).min(silence).min(deadline);
+        tokio::select! {
+            biased;
+            output = &mut *future => return Ok(output),
+            _ = lost.changed() => return Err(Failure::Lost),
+            () = tokio::time::sleep_until(wake.into()) => {}
+        }
+        let now = Instant::now();
+        if now >= deadline {
+            return Err(Failure::Deadline);
+        }
+        if now >= silence {
+            return Err(Failure::Silent);
+        }
+        if replica.silent_for() >= settings.suspect_after {
+            replica.suspected.notify_one();
+        }
+        check += settings.suspect_after;
+    }
+}

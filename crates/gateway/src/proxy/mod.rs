@@ -1,0 +1,22 @@
+//! One request, from its bytes to its answer's, whatever happens to the replicas on the way.
+
+mod attempt;
+pub(crate) mod call;
+pub(crate) mod chunk;
+mod progress;
+mod session;
+mod sse;
+mod stream;
+pub(crate) mod upstream;
+mod whole;
+
+pub(crate) use attempt::Refused;
+pub(crate) use session::{Opening, Session};
+pub(crate) use stream::start as stream;
+pub(crate) use whole::answer as whole;
+
+/// 64 bits that an outsider can't guess: `RandomState` is keyed by the system's generator.
+pub(crate) fn random() -> u64 {
+    use std::hash::{BuildHasher as _, Hasher as _};
+    std::hash::RandomState::new().build_hasher().finish()
+}

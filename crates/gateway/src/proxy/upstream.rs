@@ -1,0 +1,215 @@
+//! Connections to one replica: kept alive, taken last in first out, so that those in excess age and are closed.
+//!
+//! A connection carries one request at a time (HTTP/1.1). Its task is owned by whoever has the connection: dropping a
+//! response in the middle aborts the task, which closes the socket, which is how the replica learns that nobody wants
+//! the rest.
+
+use std::io;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use http_body_util::Full;
+use hyper::body::Incoming;
+use hyper::client::conn::http1::{self, SendRequest};
+use hyper::header::HeaderValue;
+use hyper::{Request, Response, Uri};
+use hyper_util::rt::TokioIo;
+use tokio::net::TcpStream;
+use tokio::task::JoinHandle;
+
+/// Connections kept open without a request.
+const MAX_IDLE: usize = 64;
+/// And for so long; servers close theirs after a while, and a request sent into a closing one is lost.
+const IDLE: Duration = Duration::from_secs(15);
+
+/// Why a replica's address can't be used.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{url:?} is no replica's address: {reason}; write it like http://127.0.0.1:8081")]
+pub struct AddressError {
+    /// What was given.
+    pub url: String,
+    /// What is wrong with it.
+    pub reason: String,
+}
+
+/// A replica's address, and its open connections.
+pub(crate) struct Upstream {
+    host: String,
+    port: u16,
+    /// The `Host` header.
+    authority: HeaderValue,
+    /// The `Authorization` header, where the replica wants one.
+    authorization: Option<HeaderValue>,
+    idle: Mutex<Vec<Idle>>,
+}
+
+struct Idle {
+    connection: Connection,
+    since: Instant,
+}
+
+/// A connection that carries no request, or one.
+pub(crate) struct Connection {
+    sender: SendRequest<Full<Bytes>>,
+    task: JoinHandle<()>,
+    /// It has carried a request before.
+    pub(crate) used: bool,
+}
+
+impl Drop for Connection {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+/// Why no response came.
+#[derive(Debug)]
+pub(crate) enum SendError {
+    /// No connection.
+    Connect(io::Error),
+    /// It broke before a response.
+    Broken {
+        error: hyper::Error,
+        /// The connection had been open for an earlier request: the server may have closed it just then, so this says
+        /// nothing about the replica.
+        stale: bool,
+    },
+}
+
+impl Upstream {
+    /// Reads an address.
+    ///
+    /// # Errors
+    /// [`AddressError`]
+    pub(crate) fn new(url: &str, key: Option<&str>) -> Result<Upstream, AddressError> {
+        let wrong = |reason: &str| AddressError { url: url.to_owned(), reason: reason.to_owned() };
+        let uri: Uri = url.parse().map_err(|_| wrong("it is no URL"))?;
+        if uri.scheme_str() != Some("http") {
+            return Err(wrong("its scheme must be http"));
+        }
+        if !matches!(uri.path(), "" | "/") || uri.query().is_some() {
+            return Err(wrong("it must have no path"));
+        }
+        let authority = uri.authority().ok_or_else(|| wrong("it names no host"))?;
+        if authority.as_str().contains('@') {
+            return Err(wrong("a key is given beside the address, not in it"));
+        }
+        let secret = |key: &str| {
+            let mut value = HeaderValue::from_str(&format!("Bearer {key}")).ok()?;
+            value.set_sensitive(true);
+            Some(value)
+        };
+        let authorization = match key {
+            Some(key) => Some(secret(key).ok_or_else(|| wrong("its key holds characters no header may"))?),
+            None => None,
+        };
+        Ok(Upstream {
+            host: authority.host().trim_start_matches('[').trim_end_matches(']').to_owned(),
+            port: authority.port_u16().unwrap_or(80),
+            authority: HeaderValue::from_str(authority.as_str()).map_err(|_| wrong("its host is odd"))?,
+            authorization,
+            idle: Mutex::new(Vec::new()),
+        })
+    }
+
+    fn idle(&self) -> MutexGuard<'_, Vec<Idle>> {
+        self.idle.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A connection: an idle one that still lives, or a new one.
+    pub(crate) async fn connect(&self, timeout: Duration) -> Result<Connection, SendError> {
+        loop {
+            let idle = self.idle().pop();
+            let Some(Idle { mut connection, since }) = idle else { break };
+            if since.elapsed() < IDLE && connection.sender.ready().await.is_ok() {
+                return Ok(connection);
+            }
+        }
+        self.connect_anew(timeout).await
+    }
+
+    /// A new connection.
+    pub(crate) async fn connect_anew(&self, timeout: Duration) -> Result<Connection, SendError> {
+        let late = |_| io::Error::new(io::ErrorKind::TimedOut, "no connection in time");
+        let connecting = TcpStream::connect((self.host.as_str(), self.port));
+        let stream = tokio::time::timeout(timeout, connecting)
+            .await
+            .map_err(late)
+            .and_then(|connected| connected)
+            .map_err(SendError::Connect)?;
+        // A request is one small write that must not wait for another.
+        if let Err(error) = stream.set_nodelay(true) {
+            tracing::debug!(%error, "TCP_NODELAY");
+        }
+        let (sender, connection) = http1::Builder::new()
+            .max_buf_size(64 << 10)
+            .handshake(TokioIo::new(stream))
+            .await
+            .map_err(|error| SendError::Broken { error, stale: false })?;
+        let task = tokio::spawn(async move {
+            if let Err(error) = connection.await {
+                tracing::debug!(%error, "a connection to a replica ended");
+            }
+        });
+        Ok(Connection { sender, task, used: false })
+    }
+
+    /// Sends a request over `connection` and waits for the response's head.
+    pub(crate) async fn send(
+        &self,
+        connection: &mut Connection,
+        mut request: Request<Full<Bytes>>,
+    ) -> Result<Response<Incoming>, SendError> {
+        let headers = request.headers_mut();
+        headers.insert(hyper::header::HOST, self.authority.clone());
+        if let Some(authorization) = &self.authorization {
+            headers.insert(hyper::header::AUTHORIZATION, authorization.clone());
+        }
+        let stale = std::mem::replace(&mut connection.used, true);
+        connection.sender.send_request(request).await.map_err(|error| SendError::Broken { error, stale })
+    }
+
+    /// Takes back a connection whose response was read to its end.
+    pub(crate) fn put_back(&self, connection: Connection) {
+        if connection.sender.is_closed() {
+            return;
+        }
+        let mut idle = self.idle();
+        if idle.len() >= MAX_IDLE {
+            idle.remove(0);
+        }
+        idle.push(Idle { connection, since: Instant::now() });
+    }
+
+    /// Closes what is idle: the replica is gone, or about to be.
+    pub(crate) fn forget(&self) {
+        self.idle().clear();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn addresses_are_read_or_refused_with_the_reason() {
+        for good in ["http://127.0.0.1:8081", "http://host", "http://[::1]:9/"] {
+            assert!(Upstream::new(good, None).is_ok(), "{good}");
+        }
+        assert_eq!(
+            Upstream::new("http://[::1]:9", None).map(|u| (u.host, u.port)).ok(),
+            Some(("::1".into(), 9))
+        );
+        for (bad, reason) in [
+            ("https://host", "scheme"),
+            ("host:80", "scheme"),
+            ("http://host/v1", "path"),
+            ("http://user:secret@host", "key"),
+            ("", "URL"),
+        ] {
+            let error = Upstream::new(bad, None).err().map(|e| e.reason).unwrap_or_default();
+            assert!(error.contains(reason), "{bad}: {error}");
+        }
+    }
+}
