@@ -10,6 +10,7 @@
 
 mod chat;
 mod completion;
+pub mod deployment;
 mod error;
 mod fleet;
 mod keys;
