@@ -9,6 +9,7 @@ mod page;
 mod progress;
 mod settings;
 mod signals;
+mod supervised;
 mod terminal;
 
 use std::process::ExitCode;

@@ -36,6 +36,10 @@ pub(crate) struct Engine {
     /// Compute every prompt anew instead of reusing what an earlier one had in common
     #[arg(long)]
     pub(crate) no_prefix_cache: bool,
+    /// Tokens that an answer may still get when the server is told to stop, before another replica continues it
+    /// [default: as many as it has time for]
+    #[arg(long, value_name = "TOKENS", value_parser = clap::value_parser!(u32).range(..=1_000_000))]
+    pub(crate) drain_tokens: Option<u32>,
 }
 
 impl Compute {
@@ -62,6 +66,7 @@ impl Engine {
             max_running: self.max_running as usize,
             max_queued: self.max_queued as usize,
             prefix_cache: !self.no_prefix_cache,
+            drain_tokens: self.drain_tokens.map(|n| n as usize),
             ..EngineOptions::default()
         }
     }

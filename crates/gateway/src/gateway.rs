@@ -3,22 +3,35 @@
 use std::future::Future;
 use std::io;
 use std::net::SocketAddr;
-use std::sync::Arc;
+use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use consort_api::Fleet;
+use hyper::body::Incoming;
+use hyper::{Request, Response};
 use tokio::net::TcpListener;
 
 use crate::fleet::{FleetError, Registry};
 use crate::http::accept::Server;
+use crate::http::body::Body;
 use crate::settings::Settings;
 
 /// A front door. Its owner keeps it in an [`Arc`], serves it, and changes its fleet while it runs.
 pub struct Gateway {
     pub(crate) settings: Settings,
     pub(crate) registry: Arc<Registry>,
+    pub(crate) extra: OnceLock<Extra>,
     draining: AtomicBool,
 }
+
+/// An answer that is on its way.
+pub type Answering = Pin<Box<dyn Future<Output = Response<Body>> + Send>>;
+
+/// Paths that aren't the gateway's own, on its socket: its owner's page and what that page asks for. A request that it
+/// doesn't know comes back. It checks for itself who may ask.
+pub type Extra =
+    Box<dyn Fn(Request<Incoming>, SocketAddr) -> Result<Answering, Request<Incoming>> + Send + Sync>;
 
 /// Why a gateway didn't start.
 #[derive(Debug, thiserror::Error)]
@@ -39,7 +52,12 @@ pub enum ServeError {
 impl Gateway {
     /// A gateway before an empty fleet.
     pub fn new(settings: Settings) -> Arc<Gateway> {
-        Arc::new(Gateway { settings, registry: Arc::default(), draining: AtomicBool::new(false) })
+        Arc::new(Gateway {
+            settings,
+            registry: Arc::default(),
+            extra: OnceLock::new(),
+            draining: AtomicBool::new(false),
+        })
     }
 
     /// Replaces the fleet. Requests under way go on where they are; replicas that are gone are left as they end.
@@ -48,6 +66,11 @@ impl Gateway {
     /// [`FleetError`]; the fleet is then as it was.
     pub fn set_fleet(&self, fleet: &Fleet) -> Result<(), FleetError> {
         self.registry.replace(fleet, &self.settings.replicas)
+    }
+
+    /// Answers further paths. To be set once, before [`Gateway::serve`]; later calls change nothing.
+    pub fn set_extra(&self, extra: Extra) {
+        let _ = self.extra.set(extra);
     }
 
     /// Serves on `listener` until `shutdown` completes; then lets what runs finish and returns.

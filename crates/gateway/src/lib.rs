@@ -21,7 +21,7 @@ mod settings;
 
 pub use discovery::Discovery;
 pub use fleet::FleetError;
-pub use gateway::{Gateway, ServeError};
+pub use gateway::{Answering, Extra, Gateway, ServeError};
 pub use http::body::Body;
 pub use proxy::upstream::AddressError;
 pub use settings::{ClientSettings, ReplicaSettings, RetrySettings, Settings};

@@ -99,6 +99,8 @@ pub(crate) struct Answer {
     grammar: Option<Box<GrammarState>>,
     /// Tokens of the answer so far.
     pub(crate) length: usize,
+    /// At this length a drain hands it over.
+    pub(crate) hand_over_at: usize,
     scores: Option<Vec<TokenEvent>>,
 }
 
@@ -111,7 +113,8 @@ impl Answer {
     ) -> Answer {
         let sampler = Sampler::new(request.sampling.clone(), &request.prompt, &request.emitted);
         let scores = request.prompt_logprobs.map(|_| Vec::new());
-        Answer { sender, at_limit, sampler, grammar, length: request.emitted.len(), scores, request }
+        let length = request.emitted.len();
+        Answer { sender, at_limit, sampler, grammar, length, hand_over_at: usize::MAX, scores, request }
     }
 
     /// Events that the next step may send.

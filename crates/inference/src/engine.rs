@@ -47,6 +47,9 @@ pub struct EngineOptions {
     pub answer_buffer: usize,
     /// A sequence whose reader takes nothing for this long is cancelled.
     pub reader_patience: Duration,
+    /// Tokens that an answer may still get after a drain began, before it is handed over; `None` leaves it to the
+    /// drain's time alone.
+    pub drain_tokens: Option<usize>,
 }
 
 impl Default for EngineOptions {
@@ -60,6 +63,7 @@ impl Default for EngineOptions {
             prefix_cache: true,
             answer_buffer: 64,
             reader_patience: Duration::from_secs(30),
+            drain_tokens: None,
         }
     }
 }
@@ -114,6 +118,7 @@ struct Inner {
     max_open: usize,
     max_running: usize,
     answer_buffer: usize,
+    drain_tokens: Option<usize>,
 }
 
 impl Engine {
@@ -187,6 +192,7 @@ impl Engine {
                 max_open,
                 max_running,
                 answer_buffer: options.answer_buffer,
+                drain_tokens: options.drain_tokens,
             }),
         })
     }
@@ -266,14 +272,14 @@ impl Engine {
         self.inner.shared.read()
     }
 
-    /// Stops admitting; running requests finish, or are handed over once `budget` is spent. Returns when none is
-    /// left, at the latest some seconds past the budget.
+    /// Stops admitting; running requests finish, or are handed over once `budget` is spent or they have got
+    /// [`EngineOptions::drain_tokens`] more. Returns when none is left, at the latest some seconds past the budget.
     pub fn drain(&self, budget: Duration) {
         self.inner.shared.draining.store(true, Relaxed);
         let Some(inbox) = &self.inner.inbox else { return };
         let until = Instant::now() + budget;
         let (done, drained) = mpsc::channel();
-        let mut command = Command::Drain { until, done };
+        let mut command = Command::Drain { until, tokens: self.inner.drain_tokens, done };
         // The inbox is full only while the thread is in a step.
         while let Err(TrySendError::Full(back)) = inbox.try_send(command) {
             if Instant::now() > until + DRAIN_GRACE {

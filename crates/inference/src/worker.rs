@@ -42,9 +42,10 @@ pub(crate) struct Job {
 /// What handles ask of the thread.
 pub(crate) enum Command {
     Submit(Box<Job>),
-    /// Hands over what still runs at `until`; answers when nothing is left.
+    /// Hands over what still runs at `until`, or has got `tokens` more; answers when nothing is left.
     Drain {
         until: Instant,
+        tokens: Option<usize>,
         done: Sender<()>,
     },
 }
@@ -112,13 +113,31 @@ impl<R: Runner> Core<R> {
                 self.answers.insert(id, Answer::new(request, grammar, sender, at_limit));
                 self.shared.inbox_tokens.fetch_sub(tokens, Relaxed);
             }
-            Command::Drain { until, done } => self.drains.push((until, done)),
+            Command::Drain { until, tokens, done } => {
+                self.drains.push((until, done));
+                for answer in self.answers.values_mut() {
+                    answer.hand_over_at =
+                        tokens.map_or(usize::MAX, |tokens| answer.length.saturating_add(tokens));
+                }
+            }
         }
     }
 
     /// Ends every answer with [`FinishReason::HandedOver`].
     pub(crate) fn hand_over(&mut self) {
         while let Some((&id, _)) = self.answers.first_key_value() {
+            self.finish(id, FinishReason::HandedOver);
+        }
+    }
+
+    /// Ends the answers that have used up what a drain leaves them.
+    fn hand_over_spent(&mut self) {
+        if self.drains.is_empty() {
+            return;
+        }
+        let spent = |answer: &Answer| answer.length >= answer.hand_over_at;
+        let spent: Vec<_> = self.answers.iter().filter(|(_, a)| spent(a)).map(|(id, _)| *id).collect();
+        for id in spent {
             self.finish(id, FinishReason::HandedOver);
         }
     }
@@ -138,6 +157,7 @@ impl<R: Runner> Core<R> {
         if self.drains.iter().any(|(until, _)| *until <= now) {
             self.hand_over();
         }
+        self.hand_over_spent();
         self.look_at_readers(now);
         let plan = self.scheduler.plan(now);
         for &(id, ended) in &plan.ended {

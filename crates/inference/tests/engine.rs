@@ -205,6 +205,31 @@ fn draining_hands_over_what_does_not_finish() {
 }
 
 #[test]
+fn a_drain_counts_tokens_where_it_is_told_to() {
+    let engine =
+        engine(EngineOptions { answer_buffer: 4, drain_tokens: Some(20), ..EngineOptions::default() });
+    let long = engine.submit(request([1], 400)).expect("taken");
+    let short = engine.submit(request([2], 10)).expect("taken");
+    let (got, other) = std::thread::scope(|scope| {
+        scope.spawn(|| engine.drain(Duration::from_secs(60)));
+        // Nobody reads yet, so both answers stand still when the drain begins.
+        while !matches!(engine.submit(request([3], 1)), Err(SubmitError::Draining)) {
+            std::thread::yield_now();
+        }
+        let long = scope.spawn(|| events(long));
+        (long.join().expect("read"), events(short))
+    });
+    assert_eq!(reason(&got), FinishReason::HandedOver);
+    assert_eq!((ids(&other).len(), reason(&other)), (10, FinishReason::Length), "what is short finishes");
+    let mut all = ids(&got);
+    assert!((20..100).contains(&all.len()), "{} tokens", all.len());
+    let other = self::engine(EngineOptions::default());
+    let rest = Request { emitted: all.clone(), ..request([1], 400) };
+    all.extend(ids(&events(other.submit(rest).expect("taken"))));
+    assert_eq!(all, greedy(&[1], 400));
+}
+
+#[test]
 fn draining_waits_for_what_finishes() {
     let engine = engine(EngineOptions { answer_buffer: 512, ..EngineOptions::default() });
     let unread = engine.submit(request([1], 300)).expect("taken");

@@ -4,13 +4,14 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, anyhow};
 use clap::Args;
+use consort_control::Said;
 use consort_server::{ApiKey, Options, Replica, Slot};
 
 use crate::listen::{Bound, Listen, Origin};
 use crate::loading::{self, Loaded};
 use crate::settings::{Compute, Engine};
 use crate::terminal::{Style, bytes, line, note};
-use crate::{environment, page, signals};
+use crate::{environment, page, signals, supervised};
 
 /// Serve a model over the OpenAI API
 ///
@@ -26,7 +27,7 @@ pub(crate) struct Serve {
     options: ServeOptions,
 }
 
-/// How a replica is served; `up` takes the same.
+/// How a replica is served.
 #[derive(Args, Debug)]
 pub(crate) struct ServeOptions {
     #[command(flatten)]
@@ -47,6 +48,12 @@ pub(crate) struct ServeOptions {
     /// Print one line of JSON once ready, instead of the summary
     #[arg(long)]
     json: bool,
+    /// Seconds that running answers get to finish when the server is told to stop
+    #[arg(long, value_name = "SECONDS", default_value_t = 30, value_parser = clap::value_parser!(u64).range(..=86_400))]
+    drain_seconds: u64,
+    /// Run as the child of `consort up`: end when standard input does, and say where it listens as lines of JSON
+    #[arg(long, hide = true)]
+    supervised: bool,
 }
 
 impl Serve {
@@ -75,8 +82,13 @@ impl ServeOptions {
             page: Some(page::chat()),
             allowed_hosts: self.allowed_hosts.clone(),
             allowed_origins: self.allowed_origins.clone(),
+            drain_budget: std::time::Duration::from_secs(self.drain_seconds),
             ..Options::default()
         };
+        if self.supervised {
+            supervised::end_with_parent().context("can't watch standard input")?;
+            supervised::say(&Said::Listening { address: bound.address })?;
+        }
         let listener = bound.listener.try_clone().context("can't share the listening socket")?;
         let slot = Slot::empty();
         let runtime = consort_server::runtime().context("can't start the HTTP runtime")?;
@@ -84,7 +96,13 @@ impl ServeOptions {
         let (failed, failure) = tokio::sync::oneshot::channel::<anyhow::Error>();
         let loader = {
             let slot = slot.clone();
-            let summary = Summary { bound, name: name.clone(), json: self.json, started: Instant::now() };
+            let summary = Summary {
+                bound,
+                name: name.clone(),
+                json: self.json,
+                supervised: self.supervised,
+                started: Instant::now(),
+            };
             let engine = self.engine.options();
             std::thread::Builder::new().name("loader".into()).spawn(move || {
                 let outcome = loading::load(&fetched.path, pool, engine).and_then(|loaded| {
@@ -126,11 +144,15 @@ struct Summary {
     bound: Bound,
     name: String,
     json: bool,
+    supervised: bool,
     started: Instant,
 }
 
 impl Summary {
     fn print(&self, loaded: &Loaded) -> Result<()> {
+        if self.supervised {
+            return supervised::say(&Said::Ready);
+        }
         let url = self.bound.url();
         let fingerprint = loaded.engine.fingerprint();
         if self.json {

@@ -59,6 +59,13 @@ impl Front {
         request: Request<Incoming>,
         context: Context,
     ) -> Outcome<Response<Body>> {
+        let request = match self.gateway.extra.get() {
+            Some(extra) => match extra(request, context.peer) {
+                Ok(answering) => return Ok(answering.await),
+                Err(request) => request,
+            },
+            None => request,
+        };
         let wanted = match request.uri().path() {
             "/v1/chat/completions" | "/v1/completions" => Method::POST,
             "/health" | "/ready" | "/v1/models" => Method::GET,
