@@ -100,6 +100,10 @@ def check_chat(server):
     usage = answer.usage
     assert usage.prompt_tokens > 0 and 0 < usage.completion_tokens <= 24
     assert usage.total_tokens == usage.prompt_tokens + usage.completion_tokens
+    fields = {"temperature": 0, "stop": ["e"], "messages": ASK + [{"role": "user", "content": "Please. " * 40}]}
+    server.chat(**fields)
+    again = server.chat(**fields).usage
+    assert 0 < again.prompt_tokens_details.cached_tokens < again.prompt_tokens, "a stop string changes nothing of it"
 
 
 def check_streaming(server):
@@ -256,6 +260,44 @@ def check_tools_forced(server):
             {"role": "tool", "tool_call_id": call.id, "content": "12:00"},
         ]
         assert server.chat(messages=follow_up, tools=tools).choices[0].finish_reason
+
+
+def check_tools_with_format(server):
+    """An answer is calls, or JSON in the format; never both, never other text."""
+    schema = {
+        "type": "object",
+        "properties": {"colour": {"enum": ["red", "green", "blue"]}},
+        "required": ["colour"],
+        "additionalProperties": False,
+    }
+    form = {"type": "json_schema", "json_schema": {"name": "colour", "strict": True, "schema": schema}}
+    questions = ["Name a colour.", "What is the weather in Paris in celsius? Call get_weather."]
+    for question in questions:
+        for seed in range(3):
+            fields = {
+                "messages": [{"role": "user", "content": question}],
+                "tools": [WEATHER, TIME],
+                "response_format": form,
+                "max_tokens": 400,
+                "seed": seed,
+            }
+            choice = server.chat(**fields).choices[0]
+            if choice.finish_reason == "tool_calls":
+                assert not choice.message.content, choice
+                for call in choice.message.tool_calls:
+                    tool = WEATHER if call.function.name == "get_weather" else TIME
+                    jsonschema.validate(json.loads(call.function.arguments), tool["function"]["parameters"])
+            else:
+                assert choice.finish_reason == "stop" and not choice.message.tool_calls, choice
+                jsonschema.validate(json.loads(choice.message.content), schema)
+            chunks = [c.choices[0] for c in server.chat(stream=True, **fields)]
+            assert "".join(c.delta.content or "" for c in chunks) == (choice.message.content or "")
+            assert chunks[-1].finish_reason == choice.finish_reason
+    fields = {"tools": [WEATHER, TIME], "response_format": form, "max_tokens": 200}
+    called = server.chat(tool_choice="required", parallel_tool_calls=False, **fields).choices[0]
+    assert called.finish_reason == "tool_calls" and not called.message.content
+    said = server.chat(tool_choice="none", **fields).choices[0]
+    jsonschema.validate(json.loads(said.message.content), schema)
 
 
 def check_tools_auto(server):

@@ -12,5 +12,6 @@ mod contract;
 mod hostile;
 mod overload;
 mod replica;
+mod resume;
 mod signals;
 mod steady;

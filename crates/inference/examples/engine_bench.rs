@@ -99,7 +99,7 @@ fn time(
             }
             Event::Finished { .. } => break,
             Event::Failed { reason } => return Err(reason.into()),
-            Event::Prompt(_) => {}
+            Event::Started { .. } | Event::Prompt(_) => {}
         }
     }
     let first = first.ok_or("the engine sent no token")?;

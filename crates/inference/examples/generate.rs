@@ -54,7 +54,7 @@ fn main() -> Result<(), Box<dyn Error>> {
                 writeln!(out, "{}\n\n{usage:?}, {}", text.finish().text, engine.fingerprint())?;
             }
             Event::Failed { reason } => return Err(reason.into()),
-            Event::Prompt(_) => {}
+            Event::Started { .. } | Event::Prompt(_) => {}
         }
         out.flush()?;
     }

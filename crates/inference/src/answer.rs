@@ -23,8 +23,8 @@ pub(crate) struct AnswerSender {
 impl AnswerSender {
     /// An answer's channel with room for `buffer` events beside the last. Counts the request as open and queued.
     pub(crate) fn new(buffer: usize, shared: &Arc<Shared>) -> (AnswerSender, Submission) {
-        // A step sends two events at most: the prompt's scores and a token.
-        let (events, receiver) = mpsc::channel(buffer.max(2) + 1);
+        // A step sends three events at most: the start, the prompt's scores and a token.
+        let (events, receiver) = mpsc::channel(buffer.max(3) + 1);
         let last = events.clone().try_reserve_owned().ok();
         shared.open.fetch_add(1, Relaxed);
         shared.queued.fetch_add(1, Relaxed);
@@ -102,6 +102,8 @@ pub(crate) struct Answer {
     /// At this length a drain hands it over.
     pub(crate) hand_over_at: usize,
     scores: Option<Vec<TokenEvent>>,
+    /// Its reader knows of the start.
+    started: bool,
 }
 
 impl Answer {
@@ -113,13 +115,13 @@ impl Answer {
     ) -> Answer {
         let sampler = Sampler::new(request.sampling.clone(), &request.prompt, &request.emitted);
         let scores = request.prompt_logprobs.map(|_| Vec::new());
-        let length = request.emitted.len();
-        Answer { sender, at_limit, sampler, grammar, length, hand_over_at: usize::MAX, scores, request }
+        let (length, hand_over_at) = (request.emitted.len(), usize::MAX);
+        Answer { sender, at_limit, sampler, grammar, length, hand_over_at, scores, started: false, request }
     }
 
     /// Events that the next step may send.
     pub(crate) fn room_needed(&self) -> usize {
-        1 + usize::from(self.scores.is_some())
+        1 + usize::from(self.scores.is_some()) + usize::from(!self.started)
     }
 
     /// Scores prompt rows (`logits` rows in order, each with the token it should predict) and picks the next token
@@ -174,8 +176,16 @@ impl Answer {
     }
 
     /// Sends what a step made; returns whether the answer is over and why.
-    pub(crate) fn deliver(&mut self, outcome: Outcome, complete: bool) -> Option<FinishReason> {
+    pub(crate) fn deliver(
+        &mut self,
+        outcome: Outcome,
+        complete: bool,
+        cached_tokens: usize,
+    ) -> Option<FinishReason> {
         let Outcome { scores, token, stops, .. } = outcome;
+        if !std::mem::replace(&mut self.started, true) {
+            self.sender.send(Event::Started { cached_tokens });
+        }
         if let Some(all) = &mut self.scores {
             all.extend(scores);
             // All rows before the last are computed once a token was sampled, or once nothing is left to compute.

@@ -18,7 +18,7 @@ use crate::memory;
 use crate::request::{Event, Request, Submission, SubmitError};
 use crate::runner::{ModelRunner, Runner};
 use crate::scheduler::Limits;
-use crate::stats::Shared;
+use crate::stats::{Shared, StepRows};
 use crate::worker::{self, Command, Core, Job};
 
 /// Past a drain's budget the step under way may still take this long.
@@ -89,10 +89,8 @@ pub struct Stats {
     pub prompt_tokens: u64,
     /// Tokens generated, ever.
     pub generated_tokens: u64,
-    /// Steps, ever.
-    pub steps: u64,
-    /// Rows of all steps, ever.
-    pub step_rows: u64,
+    /// Steps by their rows, ever.
+    pub step_rows: StepRows,
     /// Sequences preempted, ever.
     pub preemptions: u64,
     /// Milliseconds since the last step while there are requests; seconds of it mean a hang. 0 while idle.

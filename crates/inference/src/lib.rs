@@ -32,4 +32,5 @@ pub use engine::{Engine, EngineOptions, Stats};
 pub use hash_runner::HashRunner;
 pub use request::{Event, FinishReason, Request, Sampling, Submission, SubmitError, TokenEvent, Usage};
 pub use runner::Runner;
+pub use stats::{STEP_ROW_BOUNDS, StepRows};
 pub use text::{Piece, StopMatch, TextAssembler};

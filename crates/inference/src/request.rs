@@ -120,6 +120,12 @@ pub struct Usage {
 /// What a request's channel carries, in order.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Event {
+    /// The first rows are computed; once, before everything else of an answer that computes anything.
+    Started {
+        /// Prompt tokens that came out of the prefix cache, as in [`Usage::cached_tokens`]: for who ends the answer
+        /// itself and never sees `Finished`.
+        cached_tokens: usize,
+    },
     /// Log-probabilities of prompt tokens from index 1 on, where asked for; once, before the first token.
     Prompt(Vec<TokenEvent>),
     /// A generated token. An end token is sent too (with its id), as the last before `Finished`.

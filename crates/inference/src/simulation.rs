@@ -53,9 +53,9 @@ impl World {
 
     /// A turn, with every bound checked.
     fn turn(&mut self, now: Instant) -> Turn {
-        let before = self.shared.step_rows.load(Relaxed);
+        let before = self.shared.rows();
         let turn = self.core.turn(now).expect("the fake never fails");
-        let rows = self.shared.step_rows.load(Relaxed) - before;
+        let rows = self.shared.rows() - before;
         assert!(
             rows <= self.limits.step_tokens as u64,
             "{rows} rows in a step of {}",
@@ -99,6 +99,7 @@ impl Bits {
                 assert!(self.prompt.is_none() && self.tokens.is_empty(), "scores come once and first");
                 self.prompt = Some(scores.into_iter().map(bits).collect());
             }
+            Event::Started { .. } => {}
             Event::Token(token) => self.tokens.push(bits(token)),
             Event::Finished { reason, .. } => self.finished = Some(reason),
             Event::Failed { reason } => panic!("failed: {reason}"),

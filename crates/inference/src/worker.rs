@@ -307,7 +307,9 @@ impl<R: Runner> Core<R> {
                 self.scheduler.push_token(chunk.id, token.id);
             }
             let complete = self.scheduler.is_complete(chunk.id);
-            let over = self.answers.get_mut(&chunk.id).and_then(|answer| answer.deliver(outcome, complete));
+            let cached = self.scheduler.cached_tokens(chunk.id);
+            let over =
+                self.answers.get_mut(&chunk.id).and_then(|answer| answer.deliver(outcome, complete, cached));
             if let Some(reason) = over {
                 self.finish(chunk.id, reason);
             }
@@ -335,8 +337,9 @@ impl<R: Runner> Core<R> {
         shared.hit_tokens.store(hits, Relaxed);
         shared.preemptions.store(self.scheduler.preemptions(), Relaxed);
         shared.prompt_tokens.fetch_add((rows - sampled) as u64, Relaxed);
-        shared.steps.fetch_add(u64::from(rows > 0), Relaxed);
-        shared.step_rows.fetch_add(rows as u64, Relaxed);
+        if rows > 0 {
+            shared.count_step(rows);
+        }
         shared.mark_alive();
     }
 
@@ -405,9 +408,9 @@ fn turns<R: Runner>(
             }
         }
         let start = clock.now();
-        let before = core.shared.step_rows.load(Relaxed);
+        let before = core.shared.rows();
         last = core.turn(start)?;
-        let rows = core.shared.step_rows.load(Relaxed) - before;
+        let rows = core.shared.rows() - before;
         core.note_rate(rows, clock.now().saturating_duration_since(start));
     }
 }

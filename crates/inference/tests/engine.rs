@@ -63,7 +63,8 @@ fn a_greedy_answer_is_the_models() {
     assert_eq!(ids(&got), greedy(&prompt, 20));
     let usage = Usage { prompt_tokens: 50, cached_tokens: 0, completion_tokens: 20 };
     assert_eq!(got.last(), Some(&Event::Finished { reason: FinishReason::Length, usage }));
-    assert_eq!(got.len(), 21);
+    assert_eq!(got[0], Event::Started { cached_tokens: 0 });
+    assert_eq!(got.len(), 22);
 }
 
 #[test]
@@ -94,7 +95,8 @@ fn prompt_scores_come_once_before_the_first_token() {
     // Warm the cache: scores need the rows computed all the same.
     let _ = events(engine.submit(request(0..50, 3)).expect("taken"));
     let got = events(engine.submit(scored.clone()).expect("taken"));
-    let Event::Prompt(scores) = &got[0] else { panic!("{:?} comes first", got[0]) };
+    assert!(matches!(got[0], Event::Started { .. }), "{:?} comes first", got[0]);
+    let Event::Prompt(scores) = &got[1] else { panic!("{:?} comes second", got[1]) };
     assert_eq!(scores.iter().map(|score| score.id).collect::<Vec<_>>(), (1..50).collect::<Vec<_>>());
     assert!(scores.iter().all(|score| score.top.len() == 2 && score.logprob.is_some_and(|p| p < 0.0)));
     assert_eq!(got.iter().filter(|event| matches!(event, Event::Prompt(_))).count(), 1);
@@ -109,7 +111,7 @@ fn prompt_scores_come_once_before_the_first_token() {
     let only = Request { max_tokens: 0, ..scored };
     let got = events(engine.submit(only).expect("taken"));
     assert!(
-        matches!(&got[..], [Event::Prompt(all), Event::Finished { reason: FinishReason::Length, .. }] if all.len() == 49)
+        matches!(&got[..], [Event::Started { .. }, Event::Prompt(all), Event::Finished { reason: FinishReason::Length, .. }] if all.len() == 49)
     );
 }
 

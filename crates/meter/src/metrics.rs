@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{DescriptorEncoder, EncodeLabelSet, EncodeMetric, text};
+use prometheus_client::metrics::MetricType;
 use prometheus_client::metrics::counter::{ConstCounter, Counter};
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::{ConstGauge, Gauge};
@@ -16,16 +17,24 @@ use prometheus_client::metrics::info::Info;
 use prometheus_client::registry::Registry;
 
 /// What a sample means.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq)]
 pub enum SampleKind {
     /// Only grows; `_total` is added to its name.
     Counter(u64),
     /// Goes up and down.
     Gauge(f64),
+    /// How often values of which height were seen.
+    Histogram {
+        /// Each bucket's upper bound, ascending, with the values in it and in no lower one. Where the last isn't
+        /// [`f64::MAX`], which reads `+Inf`, nothing was seen past it.
+        buckets: Vec<(f64, u64)>,
+        /// All values added up.
+        sum: f64,
+    },
 }
 
 /// One number with its name and meaning, read at a scrape.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Sample {
     /// Without the registry's prefix.
     pub name: &'static str,
@@ -136,6 +145,12 @@ impl Collector for Adapter {
                         encoder.encode_descriptor(sample.name, sample.help, None, metric.metric_type())?;
                     metric.encode(series)?;
                 }
+                SampleKind::Histogram { buckets, sum } => {
+                    let mut series =
+                        encoder.encode_descriptor(sample.name, sample.help, None, MetricType::Histogram)?;
+                    let count = buckets.iter().map(|(_, count)| count).sum();
+                    series.encode_histogram::<[(&str, &str); 0]>(sum, count, &buckets, None)?;
+                }
             }
         }
         Ok(())
@@ -152,6 +167,14 @@ mod tests {
         fn samples(&self) -> Vec<Sample> {
             vec![
                 Sample { name: "steps", help: "Steps", kind: SampleKind::Counter(7) },
+                Sample {
+                    name: "rows",
+                    help: "Rows",
+                    kind: SampleKind::Histogram {
+                        buckets: vec![(1.0, 2), (2.0, 3), (f64::MAX, 1)],
+                        sum: 20.0,
+                    },
+                },
                 Sample { name: "kv_use", help: "Share of the cache in use", kind: SampleKind::Gauge(0.5) },
             ]
         }
@@ -172,6 +195,11 @@ mod tests {
             "consort_build_info{version=\"1.2.3\"} 1",
             "consort_steps_total 7",
             "consort_kv_use 0.5",
+            "consort_rows_bucket{le=\"1.0\"} 2",
+            "consort_rows_bucket{le=\"2.0\"} 5",
+            "consort_rows_bucket{le=\"+Inf\"} 6",
+            "consort_rows_count 6",
+            "consort_rows_sum 20.0",
             "# EOF",
         ] {
             assert!(text.lines().any(|l| l == line), "{line} is missing in\n{text}");

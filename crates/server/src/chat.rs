@@ -34,7 +34,7 @@ pub(crate) async fn handle(
     let value = read_json(request, &app.body_limits).await?;
     let chat = ChatCall::read(value, &replica)?;
     plan::check_model(&chat.common.model, &replica)?;
-    let heavy = chat.bytes > plan::HEAVY_BYTES || chat.grammar.is_some();
+    let heavy = chat.bytes > plan::HEAVY_BYTES || chat.format.is_some() || chat.tools.forced();
     plan::answer(&app, &context, replica, heavy, Shape::Chat, move |replica| chat.plan(replica)).await
 }
 
@@ -46,7 +46,7 @@ struct ChatCall {
     bytes: usize,
     max_tokens: Option<usize>,
     logprobs: Option<u8>,
-    grammar: Option<Grammar>,
+    format: Option<Grammar>,
     tools: ToolRequest,
     variables: Map<String, Value>,
 }
@@ -69,18 +69,10 @@ impl ChatCall {
         let logprobs = wanted.then(|| top.unwrap_or(0) as u8);
         let format = response_format(&mut fields)?;
         let tools = ToolRequest::read(&mut fields)?;
-        if format.is_some() && tools.shown() {
-            return Err(ApiError::unsupported(
-                "response_format",
-                "response_format is not supported together with tools that may be called: a call is no answer in that \
-                 format; send one of the two, or tool_choice none",
-            ));
-        }
-        let grammar = tools::grammar(&tools).or(format);
         let variables = fields.object("chat_template_kwargs")?.unwrap_or_default();
         refuse_others(&mut fields)?;
         fields.finish()?;
-        Ok(ChatCall { common, messages, bytes, max_tokens, logprobs, grammar, tools, variables })
+        Ok(ChatCall { common, messages, bytes, max_tokens, logprobs, format, tools, variables })
     }
 
     /// Runs the template and puts all together.
@@ -106,11 +98,16 @@ impl ChatCall {
         let ids = template
             .encode(&replica.tokenizer, &messages, &options)
             .map_err(|error| ApiError::param("messages", error.to_string()))?;
+        let calls = taught.unwrap_or(Format::Tagged);
+        let grammar_param = if self.tools.forced() { "tools" } else { "response_format" };
+        let calls_or_json = self.format.is_some();
+        let grammar = tools::grammar(&self.tools, self.format, calls, &replica.tokenizer)?;
         let reading = shown.then(|| Reading {
             // An enforced call follows our own grammar.
-            format: if self.tools.forced() { Format::Bare } else { taught.unwrap_or(Format::Tagged) },
+            format: if self.tools.forced() { Format::Bare } else { calls },
             names: self.tools.tools.iter().map(|tool| tool.name.clone()).collect(),
             max_calls: if self.tools.parallel { MAX_CALLS } else { 1 },
+            calls_or_json,
         });
         Ok(Plan {
             common: self.common,
@@ -118,7 +115,8 @@ impl ChatCall {
             max_tokens: self.max_tokens,
             logprobs: self.logprobs,
             echo: false,
-            grammar: self.grammar,
+            grammar,
+            grammar_param,
             reading,
         })
     }

@@ -125,6 +125,7 @@ impl CompletionCall {
             logprobs: self.logprobs,
             echo: self.echo,
             grammar: None,
+            grammar_param: "response_format",
             reading: None,
         })
     }

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use consort_inference::STEP_ROW_BOUNDS;
 use consort_meter::{Counter, Family, Histogram, Metrics, Sample, SampleKind, SampleSource};
 
 use crate::engine::Slot;
@@ -75,6 +76,8 @@ impl SampleSource for EngineNumbers {
         let Some(replica) = self.slot.get() else { return samples };
         let stats = replica.engine.stats();
         let kv_use = stats.kv_blocks_used as f64 / stats.kv_blocks.max(1) as f64;
+        let bounds = STEP_ROW_BOUNDS.iter().map(|bound| *bound as f64).chain([f64::MAX]);
+        let buckets = bounds.zip(stats.step_rows.counts).collect();
         samples.extend([
             gauge("queued", "Requests waiting for their first step", stats.queued),
             gauge("running", "Sequences running", stats.running),
@@ -98,8 +101,11 @@ impl SampleSource for EngineNumbers {
             counter("prefix_hit_tokens", "Prompt tokens found in the prefix cache", stats.prefix_hit_tokens),
             counter("prompt_tokens", "Prompt tokens computed", stats.prompt_tokens),
             counter("generated_tokens", "Tokens generated", stats.generated_tokens),
-            counter("steps", "Engine steps", stats.steps),
-            counter("step_rows", "Rows of all engine steps; over steps, the mean batch", stats.step_rows),
+            Sample {
+                name: "step_rows",
+                help: "Rows of an engine step: the batch",
+                kind: SampleKind::Histogram { buckets, sum: stats.step_rows.sum as f64 },
+            },
             counter("preemptions", "Sequences preempted for want of cache", stats.preemptions),
             gauge(
                 "stalled_milliseconds",

@@ -17,7 +17,7 @@ use crate::logprobs;
 use crate::params::{Common, is_false};
 use crate::respond::{self, Echo, Envelope, Shape};
 use crate::serve::{App, Context};
-use crate::tools::{Format, ToolStream};
+use crate::tools::{Format, Marks, ToolStream};
 
 /// Text longer than this is tokenized off the thread that serves everyone.
 pub(crate) const HEAVY_BYTES: usize = 16 << 10;
@@ -33,6 +33,8 @@ pub(crate) struct Reading {
     pub(crate) format: Format,
     pub(crate) names: Vec<String>,
     pub(crate) max_calls: usize,
+    /// Under a grammar of calls or JSON.
+    pub(crate) calls_or_json: bool,
 }
 
 /// All that decides the answers.
@@ -44,6 +46,8 @@ pub(crate) struct Plan {
     pub(crate) logprobs: Option<u8>,
     pub(crate) echo: bool,
     pub(crate) grammar: Option<Grammar>,
+    /// The parameter to name where the grammar is refused.
+    pub(crate) grammar_param: &'static str,
     pub(crate) reading: Option<Reading>,
 }
 
@@ -102,7 +106,11 @@ pub(crate) async fn answer(
         let stream = plan.common.stream;
         let jobs = jobs(&plan, &replica, shape, deadline)?;
         let choices = jobs.len();
-        let set = AnswerSet::start(replica.engine.clone(), metrics, arrived, jobs)?;
+        let set = AnswerSet::start(replica.engine.clone(), metrics, arrived, jobs).map_err(|error| {
+            // The engine knows one name for every grammar.
+            let named = error.param.as_deref() == Some("response_format");
+            if named { ApiError { param: Some(plan.grammar_param.to_owned()), ..error } } else { error }
+        })?;
         Ok((envelope(plan, &replica, shape, choices, keep_alive), set, stream))
     };
     let (envelope, set, stream) = if heavy { app.off_thread(begin).await?? } else { begin()? };
@@ -118,9 +126,9 @@ fn jobs(plan: &Plan, replica: &Replica, shape: Shape, deadline: Instant) -> ApiR
         if common.ignore_end { Vec::new() } else { tokenizer.end_tokens().to_vec() };
     end_tokens.extend(&common.stop_token_ids);
     let ending: Arc<[u32]> = end_tokens.clone().into();
-    let opening_token = plan.reading.as_ref().and_then(|reading| {
-        tokenizer.token_id(reading.format.opening()).filter(|id| tokenizer.is_special(*id))
-    });
+    let special = |mark| Some((tokenizer.token_id(mark).filter(|id| tokenizer.is_special(*id))?, mark));
+    let marks: Marks =
+        plan.reading.iter().flat_map(|reading| reading.format.marks().filter_map(special)).collect();
     let choices = plan.prompts.len() * common.n;
     let resumed = common.resume.choices.len();
     if resumed != 0 && resumed != choices {
@@ -154,7 +162,8 @@ fn jobs(plan: &Plan, replica: &Replica, shape: Shape, deadline: Instant) -> ApiR
             sampling.seed = common.choice_seed(i);
             let tools = plan.reading.as_ref().map(|reading| {
                 let stream = ToolStream::new(reading.format, reading.names.clone(), reading.max_calls);
-                (stream, opening_token)
+                let stream = if reading.calls_or_json { stream.calls_or_json() } else { stream };
+                (stream, Marks::clone(&marks))
             });
             jobs.push(Job {
                 index: p * common.n + i,

@@ -15,7 +15,7 @@ use consort_inference::{Event, FinishReason, TokenEvent, Usage};
 use consort_model::Tokenizer;
 
 use crate::error::ApiError;
-use crate::tools::{ToolPiece, ToolStream};
+use crate::tools::{Marks, ToolPiece, ToolStream};
 
 pub(crate) use set::{AnswerSet, Job};
 use text::AnswerText;
@@ -65,8 +65,8 @@ pub(crate) struct Answer {
     tokenizer: Arc<Tokenizer>,
     text: AnswerText,
     tools: Option<ToolStream>,
-    /// The special token that announces calls, where the format has one.
-    opening_token: Option<u32>,
+    /// Where the model has such.
+    marks: Marks,
     end_tokens: Arc<[u32]>,
     /// Tokens whose text isn't out yet, with the byte of the answer's text at which each begins.
     pending: Vec<(TokenEvent, usize)>,
@@ -81,16 +81,17 @@ impl Answer {
         tokenizer: Arc<Tokenizer>,
         stops: &[String],
         end_tokens: Arc<[u32]>,
-        tools: Option<(ToolStream, Option<u32>)>,
+        tools: Option<(ToolStream, Marks)>,
         prompt_tokens: usize,
         empty: bool,
     ) -> Answer {
-        let (tools, opening_token) = tools.map_or((None, None), |(stream, token)| (Some(stream), token));
+        let (tools, marks) =
+            tools.map_or_else(|| (None, Marks::default()), |(stream, marks)| (Some(stream), marks));
         Answer {
             tokenizer,
             text: AnswerText::new(stops),
             tools,
-            opening_token,
+            marks,
             end_tokens,
             pending: Vec::new(),
             usage: Usage { prompt_tokens, ..Usage::default() },
@@ -116,6 +117,10 @@ impl Answer {
     /// Takes an event; none where there is nothing to tell yet.
     pub(crate) fn event(&mut self, event: Event) -> Option<Out> {
         match event {
+            Event::Started { cached_tokens } => {
+                self.usage.cached_tokens = cached_tokens;
+                None
+            }
             Event::Prompt(tokens) => Some(Out::Prompt(tokens)),
             Event::Token(_) if self.empty => Some(self.done(Finish::Length)),
             Event::Token(token) => self.token(token),
@@ -143,10 +148,10 @@ impl Answer {
         }
         let mut parts = Vec::new();
         self.pending.push((token, self.text.taken()));
-        if self.opening_token == Some(id)
-            && let Some(tools) = &mut self.tools
+        if let Some(tools) = &mut self.tools
+            && let Some((_, mark)) = self.marks.iter().find(|(mark, _)| *mark == id)
         {
-            tools.opening_token(&mut parts);
+            tools.push(mark, &mut parts);
         }
         let text = self.text.push(&self.tokenizer, id);
         if self.text.stopped() {

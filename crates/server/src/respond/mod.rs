@@ -92,7 +92,6 @@ pub(crate) fn now() -> u64 {
 #[derive(Clone, Copy, Debug, Default)]
 struct UsageSum {
     total: Usage,
-    cached_known: bool,
 }
 
 impl UsageSum {
@@ -101,7 +100,6 @@ impl UsageSum {
         if choice.is_multiple_of(n) {
             self.total.prompt_tokens += usage.prompt_tokens;
             self.total.cached_tokens += usage.cached_tokens;
-            self.cached_known |= usage.cached_tokens > 0;
         }
     }
 
@@ -111,7 +109,7 @@ impl UsageSum {
             prompt_tokens,
             completion_tokens,
             total_tokens: prompt_tokens + completion_tokens,
-            prompt_tokens_details: self.cached_known.then_some(PromptTokensDetails { cached_tokens }),
+            prompt_tokens_details: Some(PromptTokensDetails { cached_tokens }),
         }
     }
 }

@@ -20,4 +20,4 @@ mod stream;
 pub(crate) use describe::{describe, spell_out};
 pub(crate) use grammar::grammar;
 pub(crate) use request::ToolRequest;
-pub(crate) use stream::{Format, ToolPiece, ToolStream};
+pub(crate) use stream::{Format, Marks, ToolPiece, ToolStream};

@@ -41,6 +41,8 @@ pub(crate) struct Scan {
     value_start: usize,
     key_start: usize,
     name: Option<String>,
+    /// Whether the first key is the name; none before it is complete.
+    name_first: Option<bool>,
     /// Start, and end once it is known, of the arguments in `raw`.
     arguments: Option<(usize, Option<usize>)>,
 }
@@ -72,8 +74,14 @@ impl Scan {
             value_start: 0,
             key_start: 0,
             name: None,
+            name_first: None,
             arguments: None,
         }
+    }
+
+    /// Whether the first key is clear and isn't the name.
+    pub(crate) fn begins_without_name(&self) -> bool {
+        self.name_first == Some(false)
     }
 
     /// The name, once its string is complete.
@@ -109,6 +117,7 @@ impl Scan {
                         Some("\"arguments\"" | "\"parameters\"") => Field::Arguments,
                         _ => Field::Other,
                     };
+                    self.name_first.get_or_insert(self.field == Field::Name);
                     self.place = Place::Colon;
                 }
             }

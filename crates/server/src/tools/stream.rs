@@ -35,7 +35,7 @@ impl Format {
     }
 
     /// What announces calls.
-    pub(crate) fn opening(self) -> &'static str {
+    fn opening(self) -> &'static str {
         match self {
             Format::Tagged => "<tool_call>",
             Format::Marker => "[TOOL_CALLS]",
@@ -46,7 +46,15 @@ impl Format {
     fn closing(self) -> Option<&'static str> {
         (self == Format::Tagged).then_some("</tool_call>")
     }
+
+    /// What announces and what ends calls: text in some models, special tokens in others.
+    pub(crate) fn marks(self) -> impl Iterator<Item = &'static str> {
+        std::iter::once(self.opening()).chain(self.closing())
+    }
 }
+
+/// The special tokens that announce or end calls, and the text they stand for.
+pub(crate) type Marks = std::sync::Arc<[(u32, &'static str)]>;
 
 /// What comes out.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -78,6 +86,8 @@ pub(crate) struct ToolStream {
     calls: usize,
     /// Calls past this are dropped.
     max_calls: usize,
+    /// A grammar lets the answer be calls or JSON: calls come first or not at all, the name first and then arguments.
+    either: bool,
     state: State,
     /// Held back: white space and what might be an opening. In a section: its text since the last call that got out.
     held: String,
@@ -106,20 +116,21 @@ impl ToolStream {
             names,
             calls: 0,
             max_calls,
+            either: false,
             state: State::Text,
             held: String::new(),
             began: false,
         }
     }
 
+    /// For answers under a grammar of calls or JSON: what looks like a call within the JSON is none.
+    pub(crate) fn calls_or_json(self) -> ToolStream {
+        ToolStream { either: true, ..self }
+    }
+
     /// Whether a call came.
     pub(crate) fn called(&self) -> bool {
         self.calls > 0
-    }
-
-    /// The opening came as a special token, which has no text.
-    pub(crate) fn opening_token(&mut self, out: &mut Vec<ToolPiece>) {
-        self.push(self.format.opening(), out);
     }
 
     /// Takes more of the answer.
@@ -197,7 +208,7 @@ impl ToolStream {
             let rest = self.held.split_off(cut);
             emit_text(out, &std::mem::replace(&mut self.held, rest));
             self.began = true;
-            if self.format == Format::Bare {
+            if self.format == Format::Bare || self.either {
                 let rest = std::mem::take(&mut self.held);
                 emit_text(out, &rest);
                 self.state = State::Plain;
@@ -249,6 +260,9 @@ impl ToolStream {
     /// have begun, and sends what is new of them.
     fn announce(&mut self, ended: bool, out: &mut Vec<ToolPiece>) {
         let State::Object { scan, sent } = &mut self.state else { return };
+        if self.either && scan.begins_without_name() {
+            return self.give_up(out);
+        }
         if sent.is_none()
             && let Some(name) = scan.name()
         {
@@ -257,7 +271,7 @@ impl ToolStream {
             }
             // Arguments written as a string hold the JSON inside it: they wait for the end.
             let streams = scan.arguments().is_some_and(|a| a.starts_with('{'));
-            if streams || ended {
+            if streams || (ended && (!self.either || scan.arguments().is_some())) {
                 out.push(ToolPiece::Call { index: self.calls, name: name.to_owned() });
                 self.calls += 1;
                 self.held.clear();
@@ -279,7 +293,8 @@ impl ToolStream {
     fn give_up(&mut self, out: &mut Vec<ToolPiece>) {
         emit_text(out, &std::mem::take(&mut self.held));
         self.began = true;
-        self.state = if self.format == Format::Bare { State::Plain } else { State::Text };
+        let last = self.format == Format::Bare || self.either;
+        self.state = if last { State::Plain } else { State::Text };
     }
 }
 
@@ -424,6 +439,35 @@ mod tests {
                 assert_eq!(read(format, text, step), (said.to_owned(), calls.clone()), "{text:?} by {step}");
             }
         }
+    }
+
+    #[test]
+    fn json_that_looks_like_a_call_is_none_where_calls_come_first_or_never() {
+        let read = |format: Format, text: &str| {
+            let mut stream = ToolStream::new(format, vec!["add".to_owned()], 8).calls_or_json();
+            let mut out = Vec::new();
+            text.chars().for_each(|c| stream.push(c.encode_utf8(&mut [0; 4]), &mut out));
+            // Before the end: what is surely text isn't held back.
+            let said: String = out.iter().map(|p| if let ToolPiece::Text(t) = p { t } else { "" }).collect();
+            stream.finish(&mut out);
+            (said, stream.called())
+        };
+        for format in [Format::Tagged, Format::Marker, Format::Bare] {
+            for text in [
+                r#"{"a": 1, "b": "<tool_call>{", "name": "add", "arguments": {}}"#,
+                r#"{"name": "adder", "arguments": {}}"#,
+                r#"["[TOOL_CALLS]", {"name": "add", "arguments": {}}]"#,
+                r#"{"name": "add"}"#,
+            ] {
+                assert_eq!(read(format, text), (text.to_owned(), false), "{format:?}");
+            }
+        }
+        assert!(read(Format::Tagged, r#"<tool_call>{"name": "add", "arguments": {}}</tool_call>"#).1);
+        assert!(read(Format::Bare, r#"{"name": "add", "parameters": {}}"#).1);
+        let mut stream = ToolStream::new(Format::Bare, vec!["add".to_owned()], 8).calls_or_json();
+        let mut out = Vec::new();
+        stream.push("{\"a\"", &mut out);
+        assert_eq!(out, [ToolPiece::Text("{\"a\"".to_owned())], "clear at its first key");
     }
 
     #[test]

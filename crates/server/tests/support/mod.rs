@@ -10,7 +10,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use consort_inference::{Event, FinishReason, Request, Stats, Submission, SubmitError, TokenEvent, Usage};
+use consort_inference::{
+    Event, FinishReason, Request, Stats, StepRows, Submission, SubmitError, TokenEvent, Usage,
+};
 use consort_model::tokenizer::GgufVocab;
 use consort_model::{ChatTemplate, Tokenizer};
 use consort_server::{Generate, Options, Replica, ServeError, Slot};
@@ -193,6 +195,7 @@ impl Generate for Scripted {
         Stats {
             running: self.running.load(Ordering::SeqCst),
             kv_blocks: 8,
+            step_rows: StepRows { counts: std::array::from_fn(|i| 14 - i as u64), sum: 1234 },
             kv_blocks_used: 2,
             ..Stats::default()
         }
@@ -213,6 +216,9 @@ async fn play(
     events: &mpsc::Sender<Event>,
     sent: &AtomicUsize,
 ) -> Result<(), mpsc::error::SendError<Event>> {
+    // As if all but the last token of a prompt of this beginning had been there before.
+    let cached_tokens = if request.prompt.starts_with(&ids("cached")) { request.prompt.len() - 1 } else { 0 };
+    events.send(Event::Started { cached_tokens }).await?;
     if let Some(top) = request.prompt_logprobs {
         let scored = Request { logprobs: Some(top), ..request.clone() };
         let tokens = request.prompt.iter().skip(1).map(|id| match token(*id, &scored) {
@@ -260,7 +266,7 @@ async fn play(
     match reason {
         Some(reason) => {
             let usage =
-                Usage { prompt_tokens: request.prompt.len(), cached_tokens: 0, completion_tokens: count };
+                Usage { prompt_tokens: request.prompt.len(), cached_tokens, completion_tokens: count };
             events.send(Event::Finished { reason, usage }).await
         }
         None => {

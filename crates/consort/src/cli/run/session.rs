@@ -172,7 +172,7 @@ impl Answer<'_> {
     pub(super) fn take(&mut self, event: Event) -> Result<String> {
         let tokenizer = &self.session.loaded.tokenizer;
         let text = match event {
-            Event::Prompt(_) => String::new(),
+            Event::Started { .. } | Event::Prompt(_) => String::new(),
             Event::Token(token) => {
                 let now = Instant::now();
                 self.first.get_or_insert(now);
