@@ -24,6 +24,7 @@ fn asked_wrongly_is_exit_code_two() {
         vec!["run", "/no/such/model.gguf", "hi"],
         vec!["run", "hf:../x", "hi"],
         vec!["run", garbage, "hi", "--temperature", "nan"],
+        vec!["run", garbage, "hi", "--temperature", "-1"],
         vec!["run", garbage, "hi", "--threads", "0"],
         vec!["run", garbage, "hi", "--kernels", "quantum"],
         vec!["run", garbage, "hi", "--max-tokens", "-1"],
@@ -40,6 +41,8 @@ fn asked_wrongly_is_exit_code_two() {
         assert!(output.stdout.is_empty(), "{arguments:?} wrote to standard output: {}", out(&output));
         assert!(!output.stderr.is_empty(), "{arguments:?}");
     }
+    let output = consort.run(&["run", garbage, "hi", "--temperature", "-1"]);
+    assert!(err(&output).contains("write a number from 0 to 100"), "{}", err(&output));
     let output = consort.run(&["run", "smollm2", "hi"]);
     assert!(err(&output).contains("did you mean smollm2-135m-instruct?"), "{}", err(&output));
 }

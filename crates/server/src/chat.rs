@@ -70,6 +70,15 @@ impl ChatCall {
         let format = response_format(&mut fields)?;
         let tools = ToolRequest::read(&mut fields)?;
         let variables = fields.object("chat_template_kwargs")?.unwrap_or_default();
+        if let Some(own) =
+            ["messages", "tools", "add_generation_prompt"].iter().find(|n| variables.contains_key(**n))
+        {
+            let param = format!("chat_template_kwargs.{own}");
+            return Err(ApiError::unsupported(
+                &param,
+                format!("{param} is not supported: the request itself says it"),
+            ));
+        }
         refuse_others(&mut fields)?;
         fields.finish()?;
         Ok(ChatCall { common, messages, bytes, max_tokens, logprobs, format, tools, variables })

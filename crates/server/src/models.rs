@@ -55,7 +55,7 @@ pub(crate) async fn ready(State(app): State<App>) -> ApiResult<Response> {
         running: stats.running as u64,
         outstanding_tokens: stats.outstanding_tokens as u64,
         generated_tokens: stats.generated_tokens,
-        steps: stats.steps,
+        steps: stats.step_rows.steps(),
         stalled_ms: stats.stalled_ms,
         kv_use: stats.kv_blocks_used as f64 / stats.kv_blocks.max(1) as f64,
     }))

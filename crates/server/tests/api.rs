@@ -136,6 +136,8 @@ fn what_a_chat_cannot_obey_is_refused_by_name() {
         (json!({"prompt": "x"}), "prompt"),
         (json!({"stream_options": {"include_usage": true}}), "stream_options"),
         (json!({"temprature": 1}), "temprature"),
+        (json!({"chat_template_kwargs": {"messages": []}}), "chat_template_kwargs.messages"),
+        (json!({"chat_template_kwargs": {"tools": []}}), "chat_template_kwargs.tools"),
     ] {
         let response = server.chat(extra.clone());
         assert_eq!(response.status, 400, "{extra}");

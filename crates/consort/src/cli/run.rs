@@ -38,10 +38,10 @@ pub(crate) struct Run {
     #[arg(long, value_name = "TEXT")]
     system: Option<String>,
     /// 0 always takes the likeliest token
-    #[arg(long, value_name = "T", default_value_t = 0.7, value_parser = within(0.0, 100.0))]
+    #[arg(long, value_name = "T", default_value_t = 0.7, allow_negative_numbers = true, value_parser = within(0.0, 100.0))]
     temperature: f32,
     /// Keep the smallest set of tokens whose probability reaches this
-    #[arg(long, value_name = "P", default_value_t = 0.95, value_parser = within(0.0, 1.0))]
+    #[arg(long, value_name = "P", default_value_t = 0.95, allow_negative_numbers = true, value_parser = within(0.0, 1.0))]
     top_p: f32,
     /// Same model, prompt and seed: the same answer [default: another each time]
     #[arg(long, value_name = "N")]
