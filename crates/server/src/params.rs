@@ -69,13 +69,12 @@ impl Common {
                 "an answer that goes on with consort.emitted_token_ids is one answer: n must be 1, or send consort.choices",
             ));
         }
-        if !resume.emitted_token_ids.is_empty() || !resume.choices.is_empty() {
-            if seed.is_none() && sampling.temperature > 0.0 {
-                return Err(ApiError::param(
-                    "seed",
-                    "an answer goes on with the seed that it began with: send seed (or temperature 0)",
-                ));
-            }
+        let resumes = !resume.emitted_token_ids.is_empty() || !resume.choices.is_empty();
+        if resumes && seed.is_none() && sampling.temperature > 0.0 {
+            return Err(ApiError::param(
+                "seed",
+                "an answer goes on with the seed that it began with: send seed (or temperature 0)",
+            ));
         }
         sampling.seed = match seed {
             Some(seed) => seed as u64,

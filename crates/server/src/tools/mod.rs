@@ -8,8 +8,9 @@
 //! | marker | `[TOOL_CALLS][{"name": …, "arguments": {…}}]` | Mistral |
 //! | bare | `{"name": …, "parameters": {…}}` as the whole answer | Llama 3 |
 //!
-//! A template that knows nothing of tools gets them described in a system message (see [`describe`]), tagged. A call
-//! that was required or named is enforced by a grammar over the bare format ([`grammar`]), so it always parses.
+//! A template that knows nothing of tools gets them described in a system message (see [`mod@describe`]), tagged. A call
+//! that was required or named is enforced by a grammar over the bare format ([`mod@grammar`]), so it always parses;
+//! so is an answer that may be calls or JSON in a response format.
 
 mod describe;
 mod grammar;
