@@ -114,6 +114,20 @@ impl Events {
         }
     }
 
+    /// The next event's text, with its empty line.
+    ///
+    /// # Errors
+    /// Where the stream ends or breaks before.
+    pub(crate) fn event(&mut self) -> io::Result<String> {
+        let mut text = String::new();
+        while !text.ends_with("\n\n") {
+            if self.lines.read_line(&mut text)? == 0 {
+                return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "the stream ended within an event"));
+            }
+        }
+        Ok(text)
+    }
+
     /// All events to the end.
     pub(crate) fn all(mut self) -> io::Result<Vec<Value>> {
         let mut events = Vec::new();

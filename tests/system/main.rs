@@ -9,8 +9,11 @@
 mod client;
 mod clients;
 mod contract;
+mod fleet;
 mod hostile;
+mod one_answer;
 mod overload;
+mod relay;
 mod replica;
 mod resume;
 mod signals;

@@ -21,7 +21,7 @@ pub(crate) struct Replica {
     child: Child,
     pub(crate) address: SocketAddr,
     pub(crate) started: Instant,
-    _machine: Option<MutexGuard<'static, ()>>,
+    machine: Option<MutexGuard<'static, ()>>,
 }
 
 /// The model under test.
@@ -34,13 +34,19 @@ pub(crate) fn model() -> PathBuf {
 pub(crate) fn serve(arguments: &[&str]) -> Replica {
     let guard = MACHINE.lock().unwrap_or_else(PoisonError::into_inner);
     let mut replica = start(arguments);
-    replica._machine = Some(guard);
+    replica.machine = Some(guard);
     replica
 }
 
 /// Starts one more, beside another that holds the machine.
 pub(crate) fn start(arguments: &[&str]) -> Replica {
+    // A statement of its own: the listener must be gone when the replica wants its port.
     let address = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    start_at(address, arguments)
+}
+
+/// Starts one at an address that was another's.
+pub(crate) fn start_at(address: SocketAddr, arguments: &[&str]) -> Replica {
     let started = Instant::now();
     let child = Command::new(env!("CARGO_BIN_EXE_consort"))
         .arg("serve")
@@ -52,7 +58,7 @@ pub(crate) fn start(arguments: &[&str]) -> Replica {
         .stderr(Stdio::piped())
         .spawn()
         .unwrap();
-    let mut replica = Replica { child, address, started, _machine: None };
+    let mut replica = Replica { child, address, started, machine: None };
     replica.await_that("the replica is ready", |replica| {
         if let Some(status) = replica.child.try_wait().unwrap() {
             let mut said = String::new();
@@ -116,6 +122,16 @@ impl Replica {
         // The name in parentheses may hold spaces; utime and stime are the 12th and 13th field after it.
         let fields: Vec<_> = stat.rsplit_once(") ").unwrap().1.split(' ').collect();
         fields[11].parse::<u64>().unwrap() + fields[12].parse::<u64>().unwrap()
+    }
+
+    /// Gives up the machine, for the one that takes its place.
+    pub(crate) fn take_machine(&mut self) -> Option<MutexGuard<'static, ()>> {
+        self.machine.take()
+    }
+
+    /// Takes it over.
+    pub(crate) fn give_machine(&mut self, machine: Option<MutexGuard<'static, ()>>) {
+        self.machine = machine;
     }
 
     /// Sends a signal by name.
