@@ -1,7 +1,7 @@
 //! Every environment variable this program reads, and nothing else reads any.
 //!
 //! Ours begin with `CONSORT_`. A few of other tools' are honoured so that a machine set up for them needs no more:
-//! `HF_TOKEN`, `PIP_INDEX_URL`, `XDG_CACHE_HOME`, `NO_COLOR`. (The HTTP client honours `HTTPS_PROXY` and kin, the TLS
+//! `HF_TOKEN`, `PIP_INDEX_URL`, `XDG_CACHE_HOME`, `XDG_STATE_HOME`, `NO_COLOR`. (The HTTP client honours `HTTPS_PROXY` and kin, the TLS
 //! roots `SSL_CERT_FILE`.)
 
 use std::path::PathBuf;
@@ -24,6 +24,23 @@ fn models_folder() -> Result<PathBuf> {
     let home = std::env::home_dir().filter(|h| !h.as_os_str().is_empty());
     let home = home.context("no home folder to keep models in; name a folder in CONSORT_HOME")?;
     Ok(home.join(".cache/consort/models"))
+}
+
+/// Where state is kept that outlasts a process: `CONSORT_STATE`, `$CONSORT_HOME/state`, else `consort` in the user's
+/// state folder.
+pub(crate) fn state_folder() -> Result<PathBuf> {
+    if let Some(folder) = var("CONSORT_STATE") {
+        return Ok(PathBuf::from(folder));
+    }
+    if let Some(home) = var("CONSORT_HOME") {
+        return Ok(PathBuf::from(home).join("state"));
+    }
+    if let Some(state) = var("XDG_STATE_HOME").map(PathBuf::from).filter(|p| p.is_absolute()) {
+        return Ok(state.join("consort"));
+    }
+    let home = std::env::home_dir().filter(|h| !h.as_os_str().is_empty());
+    let home = home.context("no home folder to keep state in; name a folder in CONSORT_STATE")?;
+    Ok(home.join(".local/state/consort"))
 }
 
 /// The place models come from and are kept.

@@ -9,6 +9,8 @@ use clap::Args;
 
 use crate::cli::UsageError;
 
+/// The address where none is asked for.
+const DEFAULT_HOST: &str = "127.0.0.1";
 /// The port where none is asked for.
 pub(crate) const DEFAULT_PORT: u16 = 8080;
 /// How many ports after it are tried.
@@ -18,7 +20,7 @@ const PORTS_TRIED: u16 = 64;
 #[derive(Args, Clone, Debug)]
 pub(crate) struct Listen {
     /// Address to listen on; any but this machine's own (loopback) demands an API key
-    #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1")]
+    #[arg(long, value_name = "ADDRESS", default_value = DEFAULT_HOST)]
     pub(crate) host: String,
     /// Port to listen on; 0 takes any free one [default: 8080, or the next free one]
     #[arg(long, value_name = "PORT")]
@@ -56,6 +58,14 @@ pub(crate) enum Origin {
 }
 
 impl Listen {
+    /// Takes a file's address for what the command line leaves open.
+    pub(crate) fn unless_given(&mut self, address: SocketAddr) {
+        if self.host == DEFAULT_HOST {
+            self.host = address.ip().to_string();
+        }
+        self.port = self.port.or(Some(address.port()));
+    }
+
     /// Binds. A port that was asked for is taken or refused; the default gives way to the next free one.
     pub(crate) fn bind(&self) -> Result<Bound> {
         let host = self.address()?;

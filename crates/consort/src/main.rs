@@ -1,6 +1,7 @@
 //! The `consort` command. Each subcommand is a file in [`cli`]; this file gives exit codes their meaning:
 //! 0 done, 1 failed, 2 asked wrongly.
 
+mod admin_client;
 mod cli;
 mod environment;
 mod listen;
@@ -11,6 +12,7 @@ mod settings;
 mod signals;
 mod supervised;
 mod terminal;
+mod up;
 
 use std::process::ExitCode;
 

@@ -2,10 +2,12 @@
 
 mod bench;
 mod gateway;
+mod key;
 mod models;
 mod pull;
 mod run;
 mod serve;
+mod status;
 mod up;
 
 use std::time::Instant;
@@ -24,7 +26,7 @@ pub(crate) struct Cli {
 
 #[derive(Subcommand, Debug)]
 enum Command {
-    /// Everything on this machine: fetch a model, serve it, open a chat page
+    /// Everything on this machine: a front door, replicas that heal, a page
     Up(up::Up),
     /// Chat in the terminal, or answer one prompt
     Run(run::Run),
@@ -32,6 +34,10 @@ enum Command {
     Serve(serve::Serve),
     /// Stand before replicas that run elsewhere, as one
     Gateway(gateway::Gateway),
+    /// What `consort up` runs here, how healthy and how loaded
+    Status(status::Status),
+    /// API keys: make, list and revoke them
+    Key(key::Key),
     /// Fetch a model
     Pull(pull::Pull),
     /// List, verify and remove models
@@ -56,10 +62,12 @@ impl Cli {
     /// Runs the subcommand. `started` is when the process began, for the times that are reported.
     pub(crate) fn run(self, started: Instant) -> Result<()> {
         match self.command {
-            Command::Up(up) => up.run(),
+            Command::Up(up) => up.run(started),
             Command::Run(run) => run.run(started),
             Command::Serve(serve) => serve.run(),
             Command::Gateway(gateway) => gateway.run(),
+            Command::Status(status) => status.run(),
+            Command::Key(key) => key.run(),
             Command::Pull(pull) => pull.run(),
             Command::Models(models) => models.run(),
             Command::Bench(bench) => bench.run(),

@@ -163,15 +163,21 @@ pub struct Supervisor {
     options: Options,
     random: Philox,
     places: BTreeMap<Slot, Place>,
+    last_step: Option<Instant>,
     stopping: bool,
     said_stopped: bool,
 }
+
+/// A longer time between two steps is our own absence (this process was stopped, or starved): silence that we could
+/// not have heard broken is nobody's hang.
+const ABSENT: Duration = Duration::from_secs(2);
 
 impl Supervisor {
     /// Nothing runs and nothing is wanted. `seed` sets the jitter.
     pub fn new(options: Options, seed: u64) -> Supervisor {
         let random = Philox::new(seed, 0);
-        Supervisor { options, random, places: BTreeMap::new(), stopping: false, said_stopped: false }
+        let places = BTreeMap::new();
+        Supervisor { options, random, places, last_step: None, stopping: false, said_stopped: false }
     }
 
     /// New deadlines, from now on.
@@ -183,6 +189,13 @@ impl Supervisor {
     pub fn step(&mut self, now: Instant, event: Event) -> Vec<Command> {
         let before = self.routes();
         let mut todo = Vec::new();
+        let absent =
+            self.last_step.replace(now).map_or(Duration::ZERO, |last| now.saturating_duration_since(last));
+        if absent > ABSENT {
+            for replica in self.places.values_mut().flat_map(Place::all_mut) {
+                replica.last_answer += absent;
+            }
+        }
         match event {
             Event::Want(wanted) => self.want(wanted),
             Event::Spawned(id, pid) => self.with(&id, |r| r.pid = Some(pid)),

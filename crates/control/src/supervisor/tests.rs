@@ -42,9 +42,14 @@ impl Bench {
         self.supervisor.step(self.now, event)
     }
 
+    /// Time passes, with a tick each second.
     fn after(&mut self, time: Duration) -> Vec<Command> {
-        self.now += time;
-        self.step(Event::Tick)
+        let (end, mut commands) = (self.now + time, Vec::new());
+        while self.now < end {
+            self.now = end.min(self.now + Duration::from_secs(1));
+            commands.extend(self.step(Event::Tick));
+        }
+        commands
     }
 
     fn spawned(commands: &[Command]) -> Vec<ReplicaId> {
@@ -97,9 +102,9 @@ fn a_hang_is_killed_and_replaced_before_its_process_is_gone() {
     assert!(bench.after(Duration::from_secs(4)).is_empty());
     bench.step(Event::Alive(id.clone(), 0));
     assert!(bench.after(Duration::from_secs(4)).is_empty());
-    let commands = bench.after(Duration::from_secs(2));
+    let mut commands = bench.after(Duration::from_secs(2));
     assert!(commands.contains(&Command::Kill(id.clone())), "{commands:?}");
-    let mut commands = bench.after(Duration::from_secs(1));
+    commands.extend(bench.after(Duration::from_secs(1)));
     assert_eq!(Bench::spawned(&commands).len(), 1, "{commands:?}");
     bench.run(&commands);
     assert_eq!(bench.ready(), ["chat-0.2"]);
@@ -111,6 +116,20 @@ fn a_hang_is_killed_and_replaced_before_its_process_is_gone() {
     assert!(bench.step(Event::Alive(id.clone(), 29_000)).is_empty());
     commands = bench.step(Event::Alive(id.clone(), 31_000));
     assert!(commands.contains(&Command::Kill(id)), "{commands:?}");
+}
+
+#[test]
+fn our_own_absence_is_nobodys_hang() {
+    let mut bench = Bench::new();
+    let commands = bench.step(want(2, 0));
+    bench.run(&commands);
+    bench.now += Duration::from_secs(3600);
+    assert!(bench.step(Event::Tick).is_empty());
+    assert!(bench.after(Duration::from_secs(4)).is_empty());
+    assert_eq!(
+        bench.after(Duration::from_secs(1)).iter().filter(|c| matches!(c, Command::Kill(_))).count(),
+        2
+    );
 }
 
 #[test]

@@ -1,0 +1,147 @@
+//! `consort up` at work: the front door on the main thread, the fleet's supervisor, its director and the
+//! administration on another. A busy front door must not keep health checks waiting, or its replicas would count as
+//! hung.
+
+mod admin;
+mod director;
+mod fleet_page;
+mod guard;
+mod locate;
+mod shared;
+mod source;
+mod start;
+mod summary;
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Instant;
+
+use anyhow::{Context, Result, anyhow};
+use consort_api::deployment::Deployment;
+use consort_control::keeper::Keeper;
+use consort_control::store::Store;
+use consort_gateway::{Gateway, Settings};
+
+use crate::listen::Bound;
+use crate::terminal::note;
+use crate::{environment, signals};
+use admin::Admin;
+pub(crate) use admin::{Door, FILE as ADMIN_FILE, NewKey};
+pub(crate) use shared::FleetStatus;
+use shared::Shared;
+pub(crate) use shared::cores;
+pub(crate) use source::{Source, read};
+
+/// What `consort up` was asked for.
+pub(crate) struct Plan {
+    pub(crate) source: Source,
+    pub(crate) deployment: Deployment,
+    pub(crate) bound: Bound,
+    pub(crate) json: bool,
+    pub(crate) started: Instant,
+}
+
+/// Runs a deployment until told to stop.
+pub(crate) fn run(plan: Plan) -> Result<()> {
+    let folder = environment::state_folder()?;
+    let store = Arc::new(Store::open(&folder)?);
+    let ended = consort_control::process::end_leftovers(&store)?;
+    if ended > 0 {
+        note(&format!("ended {ended} replica{} of an earlier run", if ended == 1 { "" } else { "s" }));
+    }
+    let hub = environment::hub()?;
+    // Progress is shown for what must be fetched before anything can run; later fetches happen behind the scenes.
+    let located = locate::first(&hub, &plan.deployment, plan.json)?;
+
+    let door = Gateway::new(settings(&plan.deployment));
+    let listener = plan.bound.listener.try_clone().context("can't share the listening socket")?;
+    let shared = Arc::new(Shared::new(&plan, store.clone(), door.clone())?);
+    door.set_extra(fleet_page::extra(shared.clone()));
+
+    let (stop_door, door_stopped) = tokio::sync::oneshot::channel::<()>();
+    let (stop_fleet, fleet_stopped) = tokio::sync::oneshot::channel::<()>();
+    let director = director::Director::new(plan, hub, located, shared.clone());
+    let fleet = std::thread::Builder::new()
+        .name("fleet".into())
+        .spawn(move || -> Result<()> {
+            let runtime = tokio::runtime::Builder::new_current_thread()
+                .enable_all()
+                .max_blocking_threads(4)
+                .thread_name("consort-fleet")
+                .build()
+                .context("can't start the supervisor's runtime")?;
+            let ended = runtime.block_on(direct(director, store, shared, folder, fleet_stopped));
+            // The door has nothing behind it any more.
+            let _ = stop_door.send(());
+            ended
+        })
+        .context("can't start the supervisor's thread")?;
+
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .max_blocking_threads(4)
+        .thread_name("consort-door")
+        .build()
+        .context("can't start the HTTP runtime")?;
+    let served = runtime.block_on(async {
+        let stop = async {
+            tokio::select! {
+                stopped = signals::stop() => {
+                    if let Err(error) = stopped {
+                        tracing::error!(%error, "can't listen for signals");
+                    }
+                }
+                _ = door_stopped => {}
+            }
+            // Both at once: what runs at the replicas goes on while the door takes nothing new.
+            let _ = stop_fleet.send(());
+        };
+        let listener =
+            tokio::net::TcpListener::from_std(listener).context("can't watch the listening socket")?;
+        anyhow::Ok(door.serve(listener, stop).await?)
+    });
+    let directed = fleet.join().map_err(|_| anyhow!("the supervisor's thread panicked"))?;
+    served.and(directed)
+}
+
+async fn direct(
+    mut director: director::Director,
+    store: Arc<Store>,
+    shared: Arc<Shared>,
+    folder: PathBuf,
+    stopped: tokio::sync::oneshot::Receiver<()>,
+) -> Result<()> {
+    let seed = director::seed();
+    let start = start::command(shared.replica_key.clone())?;
+    let say = {
+        let shared = shared.clone();
+        move |notice| shared.say(notice)
+    };
+    let (keeper, task) = Keeper::start(director.options(), seed, store, start, say);
+    shared.set_keeper(keeper.clone());
+    let admin = Admin::start(shared.clone(), &folder).await?;
+    let ended = tokio::select! {
+        ended = director.run(&keeper) => ended,
+        _ = stopped => Ok(()),
+    };
+    keeper.stop().await;
+    let ended = ended.and(task.await.map_err(|_| anyhow!("the supervisor panicked")));
+    drop(admin);
+    ended
+}
+
+/// The front door's settings.
+fn settings(deployment: &Deployment) -> Settings {
+    let mut settings = Settings::default();
+    settings.clients.allowed_hosts = deployment.allowed_hosts.clone();
+    settings.clients.allowed_origins = deployment.allowed_origins.clone();
+    settings.clients.max_body_bytes = usize::try_from(deployment.limits.body_bytes).unwrap_or(usize::MAX);
+    settings.clients.max_connections = deployment.limits.connections as usize;
+    settings.clients.request_timeout = deployment.timeouts.route;
+    settings.replicas.connect_timeout = deployment.timeouts.connect;
+    settings.replicas.silence_timeout = deployment.timeouts.token;
+    settings.replicas.stalled_after = deployment.timeouts.step;
+    settings.retries.attempts = deployment.retries.attempts;
+    settings.retries.wait = deployment.timeouts.attempt;
+    settings
+}
