@@ -9,7 +9,7 @@ use std::sync::{Arc, OnceLock};
 
 use consort_api::Fleet;
 use hyper::body::Incoming;
-use hyper::{Request, Response};
+use hyper::{Method, Request, Response};
 use tokio::net::TcpListener;
 
 use crate::fleet::{FleetError, Registry};
@@ -21,17 +21,21 @@ use crate::settings::Settings;
 pub struct Gateway {
     pub(crate) settings: Settings,
     pub(crate) registry: Arc<Registry>,
-    pub(crate) extra: OnceLock<Extra>,
+    pub(crate) extra: OnceLock<Box<dyn Extra>>,
     draining: AtomicBool,
 }
 
 /// An answer that is on its way.
 pub type Answering = Pin<Box<dyn Future<Output = Response<Body>> + Send>>;
 
-/// Paths that aren't the gateway's own, on its socket: its owner's page and what that page asks for. A request that it
-/// doesn't know comes back. It checks for itself who may ask.
-pub type Extra =
-    Box<dyn Fn(Request<Incoming>, SocketAddr) -> Result<Answering, Request<Incoming>> + Send + Sync>;
+/// Paths that aren't the gateway's own, on its socket: its owner's page and what that page asks for.
+pub trait Extra: Send + Sync {
+    /// Whether this request is for it. Asked of every request, so it should be quick.
+    fn knows(&self, method: &Method, path: &str) -> bool;
+
+    /// Answers a request that it knows. It checks for itself who may ask.
+    fn answer(&self, request: Request<Incoming>, peer: SocketAddr) -> Answering;
+}
 
 /// Why a gateway didn't start.
 #[derive(Debug, thiserror::Error)]
@@ -69,7 +73,7 @@ impl Gateway {
     }
 
     /// Answers further paths. To be set once, before [`Gateway::serve`]; later calls change nothing.
-    pub fn set_extra(&self, extra: Extra) {
+    pub fn set_extra(&self, extra: Box<dyn Extra>) {
         let _ = self.extra.set(extra);
     }
 

@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 
 use bytes::Bytes;
-use consort_gateway::{Body, Extra};
+use consort_gateway::{Answering, Body, Extra};
 use http_body_util::{BodyExt as _, Limited};
 use hyper::body::Incoming;
 use hyper::header::{
@@ -19,20 +19,22 @@ use crate::page;
 /// Bytes of the button's request.
 const BUTTON: usize = 1024;
 
-/// Answers these paths and gives every other request back.
-pub(crate) fn extra(shared: Arc<Shared>) -> Extra {
-    Box::new(move |request, peer| {
-        let known = match (request.method(), request.uri().path()) {
-            (&Method::GET, "/") => shared.page,
+/// The page, the fleet and the button.
+pub(crate) struct FleetPage(pub(crate) Arc<Shared>);
+
+impl Extra for FleetPage {
+    fn knows(&self, method: &Method, path: &str) -> bool {
+        match (method, path) {
+            (&Method::GET, "/") => self.0.page,
             (&Method::GET, "/fleet") | (&Method::POST, "/fleet/kill") => true,
             _ => false,
-        };
-        if !known {
-            return Err(request);
         }
-        let shared = shared.clone();
-        Ok(Box::pin(async move { answer(&shared, request, peer).await }))
-    })
+    }
+
+    fn answer(&self, request: Request<Incoming>, peer: SocketAddr) -> Answering {
+        let shared = self.0.clone();
+        Box::pin(async move { answer(&shared, request, peer).await })
+    }
 }
 
 async fn answer(shared: &Shared, request: Request<Incoming>, peer: SocketAddr) -> Response<Body> {

@@ -56,7 +56,7 @@ pub(crate) fn run(plan: Plan) -> Result<()> {
     let door = Gateway::new(settings(&plan.deployment));
     let listener = plan.bound.listener.try_clone().context("can't share the listening socket")?;
     let shared = Arc::new(Shared::new(&plan, store.clone(), door.clone())?);
-    door.set_extra(fleet_page::extra(shared.clone()));
+    door.set_extra(Box::new(fleet_page::FleetPage(shared.clone())));
 
     let (stop_door, door_stopped) = tokio::sync::oneshot::channel::<()>();
     let (stop_fleet, fleet_stopped) = tokio::sync::oneshot::channel::<()>();

@@ -59,13 +59,11 @@ impl Front {
         request: Request<Incoming>,
         context: Context,
     ) -> Outcome<Response<Body>> {
-        let request = match self.gateway.extra.get() {
-            Some(extra) => match extra(request, context.peer) {
-                Ok(answering) => return Ok(answering.await),
-                Err(request) => request,
-            },
-            None => request,
-        };
+        if let Some(extra) = self.gateway.extra.get()
+            && extra.knows(request.method(), request.uri().path())
+        {
+            return Ok(extra.answer(request, context.peer).await);
+        }
         let wanted = match request.uri().path() {
             "/v1/chat/completions" | "/v1/completions" => Method::POST,
             "/health" | "/ready" | "/v1/models" => Method::GET,
