@@ -18,3 +18,4 @@ mod replica;
 mod resume;
 mod signals;
 mod steady;
+mod up;

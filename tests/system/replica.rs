@@ -16,6 +16,11 @@ use crate::client::{self, PATIENCE, Response};
 /// Held by each test: they measure memory and processor time, so they don't run beside each other.
 static MACHINE: Mutex<()> = Mutex::new(());
 
+/// Waits for the machine.
+pub(crate) fn machine() -> MutexGuard<'static, ()> {
+    MACHINE.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 /// A running replica.
 pub(crate) struct Replica {
     child: Child,

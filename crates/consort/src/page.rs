@@ -9,7 +9,13 @@ const SOURCE: &str = include_str!("page/index.html");
 /// Where the page carries its content policy.
 const PLACE: &str = "{{policy}}";
 
-static CHAT: LazyLock<String> = LazyLock::new(|| {
+/// Where it is told whether there is a fleet to show.
+const FLEET: &str = "{{fleet}}";
+
+static CHAT: LazyLock<String> = LazyLock::new(|| page("no"));
+static WITH_FLEET: LazyLock<String> = LazyLock::new(|| page("yes"));
+
+fn page(fleet: &str) -> String {
     let hash =
         |tag: &str| base64(&Sha256::digest(between(&format!("<{tag}>"), &format!("</{tag}>")).as_bytes()));
     let policy = format!(
@@ -18,13 +24,18 @@ static CHAT: LazyLock<String> = LazyLock::new(|| {
         hash("script"),
         hash("style")
     );
-    SOURCE.replacen(PLACE, &policy, 1)
-});
+    SOURCE.replacen(PLACE, &policy, 1).replacen(FLEET, fleet, 1)
+}
 
 /// The page, with a policy that lets exactly its own script and style run: whatever a model writes stays text, and
 /// should it ever not, it still can't act. The policy travels in the page, so it holds behind any server.
 pub(crate) fn chat() -> &'static str {
     &CHAT
+}
+
+/// The same with the fleet beside the chat.
+pub(crate) fn with_fleet() -> &'static str {
+    &WITH_FLEET
 }
 
 /// What stands between the first `open` and the `close` after it.
@@ -73,7 +84,7 @@ mod tests {
 
     #[test]
     fn the_policy_names_the_hash_of_the_script() {
-        assert!(!chat().contains(PLACE));
+        assert!(!chat().contains("{{") && !with_fleet().contains("{{"));
         let hash = base64(&Sha256::digest(between("<script>", "</script>")));
         assert!(between("<script>", "</script>").contains("use strict"));
         assert!(chat().contains(&format!("script-src 'sha256-{hash}'")));

@@ -11,6 +11,7 @@ use std::process::Stdio;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use consort_api::ReadyReport;
 use http_body_util::{BodyExt as _, Empty, Limited};
 use hyper::body::Bytes;
 use hyper_util::rt::TokioIo;
@@ -128,8 +129,13 @@ async fn line(from: &mut (impl AsyncBufRead + Unpin)) -> Option<String> {
 /// Asks a replica how it is; sends [`Event::Alive`] where it answers within `patience`.
 pub(crate) async fn probe(id: ReplicaId, address: SocketAddr, patience: Duration, events: Sender<Event>) {
     match tokio::time::timeout(patience, ask(address)).await {
-        Ok(Ok(stalled_ms)) => {
-            let _ = events.send(Event::Alive(id, stalled_ms)).await;
+        Ok(Ok(report)) => {
+            // Nobody listens any more only where everything ends.
+            let stalled_ms = report.as_ref().map_or(0, |report| report.stalled_ms);
+            let _ = events.send(Event::Alive(id.clone(), stalled_ms)).await;
+            if let Some(report) = report {
+                let _ = events.send(Event::Report(id, Box::new(report))).await;
+            }
         }
         Ok(Err(error)) => tracing::debug!(replica = id.as_str(), %error, "the health check failed"),
         Err(_) => tracing::debug!(replica = id.as_str(), "no answer to the health check"),
@@ -138,9 +144,8 @@ pub(crate) async fn probe(id: ReplicaId, address: SocketAddr, patience: Duration
 
 type Failed = Box<dyn std::error::Error + Send + Sync>;
 
-/// Milliseconds since the engine's last step, while it has work. A replica that says it isn't ready (it drains)
-/// lives too.
-async fn ask(address: SocketAddr) -> Result<u64, Failed> {
+/// How the replica is. One that says it isn't ready (it drains) lives too, and reports nothing.
+async fn ask(address: SocketAddr) -> Result<Option<ReadyReport>, Failed> {
     let stream = TcpStream::connect(address).await?;
     let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
     let connection = tokio::spawn(connection);
@@ -149,8 +154,8 @@ async fn ask(address: SocketAddr) -> Result<u64, Failed> {
         .header("connection", "close")
         .body(Empty::<Bytes>::new())?;
     let response = sender.send_request(request).await?;
+    let ready = response.status().is_success();
     let body = Limited::new(response.into_body(), ANSWER).collect().await?.to_bytes();
     connection.abort();
-    let report: serde_json::Value = serde_json::from_slice(&body)?;
-    Ok(report["stalled_ms"].as_u64().unwrap_or(0))
+    if ready { Ok(Some(serde_json::from_slice(&body)?)) } else { Ok(None) }
 }

@@ -20,8 +20,10 @@ use crate::supervisor::{Command, Event, Notice, Options, ReplicaId, Route, SlotS
 const EVENTS: usize = 256;
 /// Between two looks at the clock.
 const TICK: Duration = Duration::from_millis(100);
+/// Of these ticks, one in so many is used while nothing changes.
+const TICKS_AT_REST: u32 = 5;
 /// Health checks of one replica are this far apart, or a fifth of their deadline where that is less.
-const PROBE_EVERY: Duration = Duration::from_secs(1);
+const PROBE_EVERY: Duration = Duration::from_millis(500);
 
 /// What is asked of the keeper.
 enum Ask {
@@ -145,7 +147,7 @@ impl Driver {
                 _ = ticks.tick() => {
                     idle_ticks += 1;
                     let settled = self.view.borrow().iter().all(|slot| slot.state == SlotState::Ready);
-                    if settled && !idle_ticks.is_multiple_of(5) {
+                    if settled && !idle_ticks.is_multiple_of(TICKS_AT_REST) {
                         continue;
                     }
                     self.give(Event::Tick);
@@ -236,7 +238,7 @@ fn shape(view: &[SlotView]) -> Vec<SlotView> {
     for slot in &mut view {
         slot.retry_in_ms = None;
         for replica in &mut slot.replicas {
-            replica.age_ms = 0;
+            (replica.age_ms, replica.report) = (0, None);
         }
     }
     view

@@ -11,7 +11,7 @@ use consort_api::{Fleet, FleetModel, FleetReplica, FleetVersion, ModelSnapshot, 
 use consort_control::autoscale::{self, History, Load};
 use consort_control::keeper::Keeper;
 use consort_control::launch::{self, Located};
-use consort_control::supervisor::{Notice, Options, Route, SlotState, SlotView};
+use consort_control::supervisor::{Notice, Options, ReplicaView, Route, SlotState, SlotView};
 use consort_control::threads;
 use consort_hub::Hub;
 use tokio::task::JoinHandle;
@@ -284,7 +284,7 @@ impl Director {
             let key = (model.to_owned(), version.name.clone());
             let seen = snapshot.models.iter().find(|m| m.name == model);
             let before = self.counts.get(&key).copied().unwrap_or(version.min);
-            let load = load(before, &version.name, seen, &slots, model);
+            let load = load(before, model, &version.name, seen, &slots);
             let history = self.histories.entry(key.clone()).or_default();
             let decision = autoscale::decide(version, history, now, &load);
             if decision.replicas != before {
@@ -351,24 +351,24 @@ fn versions(deployment: &Deployment) -> impl Iterator<Item = (&str, &Version)> {
 }
 
 /// What a version has to do, as the front door and its replicas tell it.
-fn load(replicas: u32, version: &str, model: Option<&ModelSnapshot>, slots: &[SlotView], name: &str) -> Load {
-    let Some(model) = model else { return Load { replicas, ..Load::default() } };
-    let seen = model.versions.iter().find(|v| v.name == version);
-    let running: u64 = seen.map_or(0, |v| {
-        // What the door has sent there, and what the replica itself says where others send to it too.
-        let of = |r: &consort_api::ReplicaSnapshot| {
-            r.outstanding_tokens.max(r.report.as_ref().map_or(0, |report| report.outstanding_tokens))
-        };
-        v.replicas.iter().map(of).sum()
-    });
-    let present = slots.iter().any(|slot| slot.model == name && slot.version == version);
-    // Who waits, waits for the model; the version that takes everything by default is the one that grows.
-    let waits = version == "stable" || model.versions.len() == 1 || present;
+fn load(replicas: u32, name: &str, version: &str, door: Option<&ModelSnapshot>, slots: &[SlotView]) -> Load {
+    let places = slots.iter().filter(|slot| slot.model == name && slot.version == version);
+    let sent = |id: &str| {
+        let seen = door.into_iter().flat_map(|m| &m.versions).flat_map(|v| &v.replicas).find(|r| r.id == id);
+        seen.map_or(0, |replica| replica.outstanding_tokens)
+    };
+    // What the door has sent there, or what the replica has where somebody else sends to it too.
+    let of = |replica: &ReplicaView| {
+        replica.report.as_ref().map_or(0, |report| report.outstanding_tokens).max(sent(&replica.id))
+    };
+    let running: u64 = places.flat_map(|slot| &slot.replicas).map(of).sum();
+    // Who waits, waits for the model: each of its versions would do.
     Load {
         replicas,
-        tokens: running + if waits { model.queued_tokens } else { 0 },
-        waiting: if waits { model.queued } else { 0 },
-        idle: model.idle_ms.map(Duration::from_millis),
+        tokens: running + door.map_or(0, |m| m.queued_tokens),
+        waiting: door.map_or(0, |m| m.queued),
+        // A door that hasn't seen the model yet tells nothing; then nothing is shut down for idling.
+        idle: door.map_or(Some(Duration::ZERO), |m| m.idle_ms.map(Duration::from_millis)),
     }
 }
 

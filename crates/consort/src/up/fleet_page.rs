@@ -60,7 +60,7 @@ async fn answer(shared: &Shared, request: Request<Incoming>, peer: SocketAddr) -
 }
 
 fn page() -> Response<Body> {
-    let mut response = Response::new(Body::from(Bytes::from_static(page::chat().as_bytes())));
+    let mut response = Response::new(Body::from(Bytes::from_static(page::with_fleet().as_bytes())));
     let headers = response.headers_mut();
     headers.insert(CONTENT_TYPE, HeaderValue::from_static("text/html; charset=utf-8"));
     headers.insert(X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));

@@ -20,6 +20,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
+use consort_api::ReadyReport;
 use consort_base::{Backoff, Philox};
 
 use crate::launch::{Launch, Slot};
@@ -92,6 +93,8 @@ pub enum Event {
     Ready(ReplicaId),
     /// It answered a health check: the engine last stepped so many milliseconds ago while it had work (0: no work).
     Alive(ReplicaId, u64),
+    /// What it said of itself, for whoever looks.
+    Report(ReplicaId, Box<ReadyReport>),
     /// The process is gone, or could not be started.
     Exited(ReplicaId, String),
     /// Time passed.
@@ -205,6 +208,7 @@ impl Supervisor {
                 r.last_answer = now;
                 r.stalled = Duration::from_millis(stalled_ms);
             }),
+            Event::Report(id, report) => self.with(&id, |r| r.report = Some(*report)),
             Event::Exited(id, how) => self.exited(now, &id, &how, &mut todo),
             Event::Tick => {}
             Event::Stop => self.stopping = true,

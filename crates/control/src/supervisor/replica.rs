@@ -3,6 +3,8 @@
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
+use consort_api::ReadyReport;
+
 use super::{Options, ReplicaId};
 use crate::launch::{Launch, Slot};
 
@@ -33,6 +35,7 @@ pub(super) struct Replica {
     pub(super) last_answer: Instant,
     /// How long the engine had been at its step when it last answered.
     pub(super) stalled: Duration,
+    pub(super) report: Option<ReadyReport>,
 }
 
 impl Replica {
@@ -47,6 +50,7 @@ impl Replica {
             started: now,
             last_answer: now,
             stalled: Duration::ZERO,
+            report: None,
         }
     }
 

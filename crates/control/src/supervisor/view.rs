@@ -2,6 +2,7 @@
 
 use std::time::Instant;
 
+use consort_api::ReadyReport;
 use serde::{Deserialize, Serialize};
 
 use super::replica::{Phase, Replica};
@@ -77,6 +78,8 @@ pub struct ReplicaView {
     pub address: Option<String>,
     /// Milliseconds since it was started.
     pub age_ms: u64,
+    /// What it last said of itself.
+    pub report: Option<ReadyReport>,
 }
 
 impl Supervisor {
@@ -141,6 +144,7 @@ impl Replica {
             pid: self.pid,
             address: self.address.map(|a| a.to_string()),
             age_ms: now.saturating_duration_since(self.started).as_millis() as u64,
+            report: self.report.clone(),
         }
     }
 }
