@@ -114,7 +114,7 @@ impl<'a> Bench<'a> {
         for round in 0..rounds {
             step(self, round)?;
         }
-        let spent = |part| self.scratch.part_times().map_or(Duration::ZERO, |times| times.of(part));
+        let mut spent = |part| self.scratch.part_times().map_or(Duration::ZERO, |times| times.of(part));
         let parts = Part::ALL.map(|part| (part, spent(part).as_secs_f64() / rounds as f64));
         Ok((median, parts.to_vec()))
     }

@@ -123,6 +123,10 @@ const CHUNK_BYTES: usize = 512 << 10;
 /// How far ahead of its own reading a kernel prefetches where one tile is all there is.
 const PREFETCH_BYTES: usize = 8192;
 
+/// Up to this many rows the output stays in the first-level cache by itself. More are spread over as many pages, and
+/// another core may have written them last; asking for their lines before the sums are computed hides the way.
+const FEW: usize = 2;
+
 fn run(pool: &Pool, x: &Inputs, jobs: &[Job<'_>]) {
     let tiles = x.tiles().count;
     if tiles == 0 || jobs.iter().all(|job| job.units() == 0) {
@@ -211,6 +215,10 @@ impl Job<'_> {
                 false => std::ptr::null(),
             };
             let (first, rows, words, halves) = x.tile(index);
+            if rows > FEW {
+                (first..first + rows)
+                    .for_each(|row| lanes::prefetch_write(self.out.at(row * self.rows + unit * LANES)));
+            }
             let tile = Tile { layout: self.layout, panel, rows, words, halves, ahead: ahead(panel) };
             compute(cpu, &tile, &mut both.sums);
             if let Finish::Gate { up, .. } = self.finish {

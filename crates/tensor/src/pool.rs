@@ -381,6 +381,11 @@ impl<'a, T> Disjoint<'a, T> {
         self.len == 0
     }
 
+    /// Where value `index` is, or would be; an address to prefetch, not to use.
+    pub(crate) fn at(&self, index: usize) -> *const T {
+        self.start.wrapping_add(index)
+    }
+
     /// The values of `range`.
     ///
     /// # Safety

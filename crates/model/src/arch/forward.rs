@@ -5,31 +5,37 @@
 //! meet in attention only, and there through the cache, so a prompt may be computed in any chunks and beside any
 //! other sequences and gives the same bits.
 
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use consort_tensor::Pool;
 use consort_tensor::attention::{AttentionParams, Span, attention};
 use consort_tensor::kv::KvCache;
-use consort_tensor::linear::{Inputs, Product, gated, linear};
-use consort_tensor::matrix::Matrix;
-use consort_tensor::norm::{add_rms_norm, rms_norm_in_place};
+use consort_tensor::linear::{Product, linear};
 use consort_tensor::rope::Rope;
 
+use super::Model;
 use super::batch::Batch;
+use super::config::ModelConfig;
 use super::parts::{Part, PartTimes};
-use super::{Attention, FeedForward, Layer, Model, Projection};
+use super::rows::{Local, Rows, resize};
 use crate::Error;
 
 /// Embedding fewer rows than this costs less than waking a thread for them.
 const ROWS_WORTH_SHARING: usize = 32;
+
+/// From this many rows a thread on, each thread takes rows of its own through all steps between two attentions,
+/// instead of meeting the others at every step: what it wrote is then still in its own cache. Fewer rows are bound by
+/// reading the weights, which all threads had better read together.
+const ROWS_OF_ITS_OWN: usize = 24;
+
+/// Most rows that a thread takes through the steps at a time, so that all they need stays in its second-level cache.
+const CHUNK_ROWS: usize = 72;
 
 /// Buffers that a forward pass reuses. All are rows of the batch, in its order.
 #[derive(Default)]
 pub struct Scratch {
     /// The residual stream, `hidden` values a row.
     x: Vec<f32>,
-    /// Rows in the form the next matrix wants.
-    inputs: Inputs,
     /// `heads * head_dim` values a row.
     q: Vec<f32>,
     /// `kv_heads * head_dim` values a row.
@@ -37,16 +43,12 @@ pub struct Scratch {
     v: Vec<f32>,
     /// What attention read, `heads * head_dim` values a row.
     attended: Vec<f32>,
-    /// The feed-forward block's inner values, `ffn` a row.
-    inner: Vec<f32>,
-    /// What a block adds, where it is normalized first; `hidden` values a row.
-    block: Vec<f32>,
     /// Every row's position in its sequence.
     positions: Vec<u32>,
     /// Blocks that the batch stores into.
     writes: Vec<(u32, u32)>,
-    /// Where time went, if anyone asked.
-    times: Option<PartTimes>,
+    /// One for each thread of the pool.
+    locals: Vec<Mutex<Local>>,
 }
 
 impl Model {
@@ -65,16 +67,91 @@ impl Model {
         logits: &mut Vec<f32>,
     ) -> Result<(), Error> {
         self.check(&batch, cache, &mut scratch.writes)?;
-        scratch.place(batch.spans);
-        PartTimes::begin(&mut scratch.times);
+        scratch.place(batch.spans, &self.config);
+        scratch.locals.resize_with(pool.threads().max(scratch.locals.len()), Mutex::default);
+        scratch.begin();
         self.embed(pool, batch.tokens, &mut scratch.x);
-        PartTimes::end(&mut scratch.times, Part::Embed);
-        for (index, layer) in self.layers.iter().enumerate() {
-            self.attend(pool, index, layer, batch.spans, cache, scratch);
-            self.feed_forward(pool, &layer.feed_forward, scratch);
+        scratch.end(Part::Embed);
+        self.advance(pool, 0, scratch);
+        for index in 0..self.layers.len() {
+            let Scratch { k, v, .. } = &*scratch;
+            cache.store(pool, index, batch.spans, k, v);
+            scratch.end(Part::RotateStore);
+            // Nobody reads the last layer's rows but those whose logits are wanted.
+            let last = index + 1 == self.layers.len() && batch.logit_rows.len() < batch.tokens.len();
+            let wanted = last.then(|| scratch.keep(batch, &self.config));
+            self.attention(pool, index, wanted.as_deref().unwrap_or(batch.spans), cache, scratch);
+            self.advance(pool, index + 1, scratch);
         }
-        self.project_to_vocabulary(pool, batch.logit_rows, scratch, logits);
+        self.project_to_vocabulary(pool, scratch, logits);
         Ok(())
+    }
+
+    /// Every row's way from the attention of the layer before `index` to that of layer `index`.
+    fn advance(&self, pool: &Pool, index: usize, scratch: &mut Scratch) {
+        let config = &self.config;
+        let Scratch { x, q, k, v, attended, positions, locals, .. } = scratch;
+        let rows = positions.len();
+        if rows == 0 {
+            return;
+        }
+        let steps = |rows: &mut Rows<'_>, local: &mut Local| {
+            if let Some(before) = index.checked_sub(1) {
+                self.finish_attention(pool, &self.layers[before].attention, rows, local);
+                self.feed_forward(pool, &self.layers[before].feed_forward, rows, local);
+            }
+            if let Some(layer) = self.layers.get(index) {
+                self.begin_attention(pool, self.rope_of(index), &layer.attention, rows, local);
+            }
+        };
+        let count = match rows >= pool.threads() * ROWS_OF_ITS_OWN {
+            // As many for each thread, so that none waits for another's last.
+            true => rows.div_ceil(CHUNK_ROWS * pool.threads()) * pool.threads(),
+            false => 1,
+        };
+        let mut all = Rows { positions, x, q, k, v, attended };
+        if count == 1 {
+            return steps(&mut all, &mut lock(&locals[0]));
+        }
+        let mut chunks = Vec::with_capacity(count);
+        for index in 0..count {
+            let (chunk, rest) = all.split(rows * (index + 1) / count - rows * index / count, config);
+            all = rest;
+            chunks.push(Mutex::new(Some(chunk)));
+        }
+        let locals = &*locals;
+        pool.run(|worker| {
+            let local = &mut lock(&locals[worker.rank]);
+            // First its own, which are the same rows every time; then what the others have not come to yet.
+            let own = worker.split(count, 1);
+            for index in own.clone().chain((0..count).rev().filter(|index| !own.contains(index))) {
+                let chunk = lock(&chunks[index]).take();
+                if let Some(mut chunk) = chunk {
+                    steps(&mut chunk, local);
+                }
+            }
+        });
+    }
+
+    /// Each row's queries read the keys and values of its sequence up to its own.
+    fn attention(
+        &self,
+        pool: &Pool,
+        index: usize,
+        spans: &[Span<'_>],
+        cache: &KvCache,
+        scratch: &mut Scratch,
+    ) {
+        let config = &self.config;
+        let params = AttentionParams {
+            heads: config.heads,
+            scale: config.attention_scale,
+            window: config.window(index),
+            softcap: config.attention_softcap,
+        };
+        let Scratch { q, attended, .. } = scratch;
+        attention(pool, params, index, cache, spans, q, attended);
+        scratch.end(Part::Attention);
     }
 
     /// Tokens to rows of the embedding.
@@ -94,117 +171,28 @@ impl Model {
         }
         let rows = Mutex::new(rows);
         pool.run(|_| {
-            while let Some((&token, out)) = { rows.lock().unwrap_or_else(PoisonError::into_inner).next() } {
+            while let Some((&token, out)) = { lock(&rows).next() } {
                 embed(token, out);
             }
         });
     }
 
-    /// `x += output · attention(rotate(query · norm(x)), rotate(key · norm(x)), value · norm(x))`
-    fn attend(
-        &self,
-        pool: &Pool,
-        index: usize,
-        layer: &Layer,
-        spans: &[Span<'_>],
-        cache: &mut KvCache,
-        scratch: &mut Scratch,
-    ) {
+    /// The rows' last states to logits.
+    fn project_to_vocabulary(&self, pool: &Pool, scratch: &mut Scratch, logits: &mut Vec<f32>) {
         let config = &self.config;
-        let weights = &layer.attention;
-        self.project_queries_keys_values(pool, weights, scratch);
-        let Scratch { x, inputs, q, k, v, attended, block, positions, times, .. } = scratch;
-        if let Some((query_norm, key_norm)) = &weights.query_key_norms {
-            rms_norm_in_place(pool, q, query_norm, config.norm_eps);
-            rms_norm_in_place(pool, k, key_norm, config.norm_eps);
-        }
-        let rope = self.rope_of(index);
-        rope.apply(pool, q, config.heads, config.head_dim, positions);
-        rope.apply(pool, k, config.kv_heads, config.head_dim, positions);
-        cache.store(pool, index, spans, k, v);
-        PartTimes::end(times, Part::RotateStore);
-        resize(attended, q.len());
-        let params = AttentionParams {
-            heads: config.heads,
-            scale: config.attention_scale,
-            window: config.window(index),
-            softcap: config.attention_softcap,
-        };
-        attention(pool, params, index, cache, spans, q, attended);
-        PartTimes::end(times, Part::Attention);
-        inputs.prepare(pool, attended, config.heads * config.head_dim, weights.output.weights.input_kind());
-        PartTimes::end(times, Part::Prepare);
-        add_to_residual(
-            pool,
-            inputs,
-            &weights.output,
-            weights.post_norm.as_deref(),
-            config.norm_eps,
-            block,
-            x,
-        );
-        PartTimes::end(times, Part::Output);
-    }
-
-    fn project_queries_keys_values(&self, pool: &Pool, weights: &Attention, scratch: &mut Scratch) {
-        let config = &self.config;
-        let rows = scratch.positions.len();
-        let Scratch { x, inputs, q, k, v, times, .. } = scratch;
-        resize(q, rows * config.heads * config.head_dim);
-        resize(k, rows * config.kv_heads * config.head_dim);
-        resize(v, rows * config.kv_heads * config.head_dim);
-        let mut products = [weights.query.product(q), weights.key.product(k), weights.value.product(v)];
-        // The three read the same rows, in one form nearly always; files that mix types may need two.
-        products.sort_by_key(|product| product.weights.input_kind() as u8);
-        for group in products.chunk_by_mut(|a, b| a.weights.input_kind() == b.weights.input_kind()) {
-            inputs.prepare_normed(pool, x, &weights.norm, config.norm_eps, group[0].weights.input_kind());
-            PartTimes::end(times, Part::Prepare);
-            linear(pool, inputs, group);
-            PartTimes::end(times, Part::QueryKeyValue);
-        }
-    }
-
-    /// `x += down · (activation(gate · norm(x)) * (up · norm(x)))`
-    fn feed_forward(&self, pool: &Pool, weights: &FeedForward, scratch: &mut Scratch) {
-        let config = &self.config;
-        let rows = scratch.positions.len();
-        let Scratch { x, inputs, inner, block, times, .. } = scratch;
-        resize(inner, rows * config.ffn);
-        inputs.prepare_normed(pool, x, &weights.norm, config.norm_eps, weights.gate_up.input_kind());
-        PartTimes::end(times, Part::Prepare);
-        gated(pool, inputs, &weights.gate_up, config.activation, inner);
-        PartTimes::end(times, Part::GateUp);
-        inputs.prepare(pool, inner, config.ffn, weights.down.input_kind());
-        PartTimes::end(times, Part::Prepare);
-        add_to_residual(pool, inputs, &weights.down, weights.post_norm.as_deref(), config.norm_eps, block, x);
-        PartTimes::end(times, Part::Down);
-    }
-
-    /// The wanted rows' last states to logits.
-    fn project_to_vocabulary(
-        &self,
-        pool: &Pool,
-        rows: &[usize],
-        scratch: &mut Scratch,
-        logits: &mut Vec<f32>,
-    ) {
-        let config = &self.config;
-        resize(logits, rows.len() * config.vocab);
-        if rows.is_empty() {
+        let Scratch { x, positions, locals, .. } = scratch;
+        resize(logits, positions.len() * config.vocab);
+        if positions.is_empty() {
             return;
         }
-        let Scratch { x, inputs, block: wanted, .. } = scratch;
-        resize(wanted, rows.len() * config.hidden);
-        for (out, &row) in wanted.chunks_exact_mut(config.hidden).zip(rows) {
-            out.copy_from_slice(&x[row * config.hidden..(row + 1) * config.hidden]);
-        }
         let head = self.head();
-        inputs.prepare_normed(pool, wanted, &self.final_norm, config.norm_eps, head.input_kind());
+        let Local { inputs, times, .. } = &mut *lock(&locals[0]);
+        inputs.prepare_normed(pool, x, &self.final_norm, config.norm_eps, head.input_kind());
         linear(pool, inputs, &mut [Product { weights: head, bias: None, out: logits, accumulate: false }]);
         if let Some(cap) = config.logit_softcap {
             logits.iter_mut().for_each(|logit| *logit = cap * (*logit / cap).tanh());
         }
-        PartTimes::end(&mut scratch.times, Part::Head);
+        PartTimes::end(times, Part::Head);
     }
 
     fn rope_of(&self, layer: usize) -> &Rope {
@@ -215,78 +203,94 @@ impl Model {
     }
 }
 
-/// What a matrix makes of its inputs joins the residual stream; normalized on the way where the family does so.
-fn add_to_residual<'a>(
-    pool: &Pool,
-    inputs: &Inputs,
-    projection: impl Into<WithBias<'a>>,
-    post_norm: Option<&[f32]>,
-    eps: f32,
-    block: &mut Vec<f32>,
-    x: &mut [f32],
-) {
-    let WithBias { weights, bias } = projection.into();
-    match post_norm {
-        None => linear(pool, inputs, &mut [Product { weights, bias, out: x, accumulate: true }]),
-        Some(norm) => {
-            resize(block, x.len());
-            linear(pool, inputs, &mut [Product { weights, bias, out: block, accumulate: false }]);
-            add_rms_norm(pool, x, block, norm, eps);
-        }
-    }
-}
-
-/// A matrix and perhaps a bias.
-struct WithBias<'a> {
-    weights: &'a Matrix,
-    bias: Option<&'a [f32]>,
-}
-
-impl<'a> From<&'a Matrix> for WithBias<'a> {
-    fn from(weights: &'a Matrix) -> WithBias<'a> {
-        WithBias { weights, bias: None }
-    }
-}
-
-impl<'a> From<&'a Projection> for WithBias<'a> {
-    fn from(projection: &'a Projection) -> WithBias<'a> {
-        WithBias { weights: &projection.weights, bias: projection.bias.as_deref() }
-    }
-}
-
-impl Projection {
-    fn product<'a>(&'a self, out: &'a mut [f32]) -> Product<'a> {
-        Product { weights: &self.weights, bias: self.bias.as_deref(), out, accumulate: false }
-    }
-}
-
 impl Scratch {
     /// Empty; grows to its first use and keeps its memory.
     pub fn new() -> Scratch {
         Scratch::default()
     }
 
-    /// Starts to note where forward passes with this scratch spend their time.
+    /// Starts to note where forward passes with this scratch spend their time, as the calling thread sees it.
     pub fn time_parts(&mut self) {
-        self.times = Some(PartTimes::default());
+        self.locals.resize_with(self.locals.len().max(1), Mutex::default);
+        self.first().times = Some(PartTimes::default());
     }
 
     /// What [`Scratch::time_parts`] started, up to now.
-    pub fn part_times(&self) -> Option<&PartTimes> {
-        self.times.as_ref()
+    pub fn part_times(&mut self) -> Option<&PartTimes> {
+        self.locals
+            .first_mut()
+            .and_then(|local| local.get_mut().unwrap_or_else(PoisonError::into_inner).times.as_ref())
     }
 
-    /// Every row's position, from the spans.
-    fn place(&mut self, spans: &[Span<'_>]) {
+    fn begin(&mut self) {
+        PartTimes::begin(&mut self.first().times);
+    }
+
+    fn end(&mut self, part: Part) {
+        PartTimes::end(&mut self.first().times, part);
+    }
+
+    /// The calling thread's.
+    fn first(&mut self) -> &mut Local {
+        self.locals[0].get_mut().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Room for the batch, and every row's position from the spans.
+    fn place(&mut self, spans: &[Span<'_>], config: &ModelConfig) {
         self.positions.clear();
         for span in spans {
             // Checked to be below the model's context, which fits 32 bits.
             self.positions.extend((span.first_position..span.first_position + span.rows).map(|p| p as u32));
         }
+        let rows = self.positions.len();
+        resize(&mut self.q, rows * config.heads * config.head_dim);
+        resize(&mut self.attended, rows * config.heads * config.head_dim);
+        resize(&mut self.k, rows * config.kv_heads * config.head_dim);
+        resize(&mut self.v, rows * config.kv_heads * config.head_dim);
+    }
+
+    /// Moves the rows whose logits are wanted to the front and forgets the others. Returns their spans.
+    fn keep<'a>(&mut self, batch: Batch<'a>, config: &ModelConfig) -> Vec<Span<'a>> {
+        let mut kept: Vec<Span<'a>> = Vec::with_capacity(batch.logit_rows.len());
+        let mut spans = batch.spans.iter();
+        let mut span = spans.next();
+        for (to, &from) in batch.logit_rows.iter().enumerate() {
+            while let Some(passed) = span.filter(|span| span.first_row + span.rows <= from) {
+                debug_assert!(passed.first_row <= from);
+                span = spans.next();
+            }
+            // Rows that follow one another stay one span, so that they read their keys together.
+            let follows = to > 0 && batch.logit_rows[to - 1] + 1 == from;
+            match (span, kept.last_mut()) {
+                (Some(span), Some(last)) if follows && span.first_row < from => last.rows += 1,
+                (Some(span), _) => kept.push(Span {
+                    first_row: to,
+                    rows: 1,
+                    first_position: span.first_position + from - span.first_row,
+                    blocks: span.blocks,
+                }),
+                // Checked: every row is in a span.
+                (None, _) => {}
+            }
+            self.positions[to] = self.positions[from];
+            let shift = |buffer: &mut Vec<f32>, width: usize| {
+                buffer.copy_within(from * width..(from + 1) * width, to * width);
+            };
+            shift(&mut self.x, config.hidden);
+            shift(&mut self.q, config.heads * config.head_dim);
+        }
+        let rows = batch.logit_rows.len();
+        self.positions.truncate(rows);
+        self.x.truncate(rows * config.hidden);
+        self.q.truncate(rows * config.heads * config.head_dim);
+        self.attended.truncate(rows * config.heads * config.head_dim);
+        self.k.truncate(rows * config.kv_heads * config.head_dim);
+        self.v.truncate(rows * config.kv_heads * config.head_dim);
+        kept
     }
 }
 
-/// Sets the length without clearing what stays: every value is written before it is read.
-fn resize(buffer: &mut Vec<f32>, len: usize) {
-    buffer.resize(len, 0.0);
+/// A local's owner is the only one to lock it; one that panicked left nothing that the next pass would read.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -13,6 +13,7 @@ mod config;
 mod forward;
 mod frequencies;
 mod parts;
+mod rows;
 
 use consort_tensor::kv::KvShape;
 use consort_tensor::matrix::{GatedMatrix, Matrix};

@@ -168,6 +168,18 @@ pub(crate) trait Kernel {
     fn call<L: Lanes>(self, lanes: L) -> Self::Output;
 }
 
+/// Asks for the line at `at` to write to it; any address is allowed.
+#[inline(always)]
+pub(crate) fn prefetch_write<T>(at: *const T) {
+    // SAFETY: a hint; it faults on no address, and a processor that doesn't know it does nothing.
+    #[cfg(target_arch = "x86_64")]
+    unsafe {
+        std::arch::asm!("prefetchw [{}]", in(reg) at, options(nostack, preserves_flags, readonly));
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = at;
+}
+
 /// Runs `kernel` with this machine's lanes.
 #[inline]
 pub(crate) fn dispatch<K: Kernel>(cpu: Cpu, kernel: K) -> K::Output {
