@@ -9,10 +9,11 @@
 //!
 //! What is stored is always finite, so that a masked key times a probability of 0 stays 0.
 
+use std::ops::Range;
+
 use crate::attention::Span;
 use crate::buffer::Buffer;
 use crate::lanes::{self, Kernel, LANES, Lanes};
-use crate::norm::FORK_VALUES;
 use crate::pool::Disjoint;
 use crate::{Error, Pool};
 
@@ -21,6 +22,9 @@ pub const BLOCK_TOKENS: usize = 16;
 
 /// A block's number, `0..blocks`.
 pub type BlockId = u32;
+
+/// Fewer keys than this are stored before another thread has heard of it.
+const WORTH_SHARING: usize = 1024;
 
 /// The largest finite half-precision value.
 const HALF_MAX: f32 = 65504.0;
@@ -81,27 +85,31 @@ impl KvCache {
     /// goes to the slot that `spans` give it. Values beyond half precision's range are clamped to it, NaN becomes 0.
     ///
     /// # Panics
-    /// If a span leaves the rows, its blocks or the cache.
+    /// If a span leaves the rows, its blocks or the cache, or two spans store into one block.
     pub fn store(&mut self, pool: &Pool, layer: usize, spans: &[Span<'_>], k: &[f32], v: &[f32]) {
         let KvShape { layers, kv_heads, head_dim } = self.shape;
         assert!(layer < layers, "layer {layer} of {layers}");
         assert_eq!(k.len(), v.len(), "as many values as keys");
+        let rows = k.len() / (kv_heads * head_dim).max(1);
+        let mut runs = Vec::with_capacity(rows / BLOCK_TOKENS + 2 * spans.len());
         for span in spans {
-            let rows = k.len() / (kv_heads * head_dim).max(1);
             assert!(span.first_row <= rows && span.rows <= rows - span.first_row, "a span leaves the batch");
             span.check(self.blocks);
+            runs.extend(Run::of(span));
         }
-        // Dimensions belong to one worker each, so no two write the same element whatever the spans.
-        let tiles = kv_heads * head_dim.div_ceil(LANES);
+        runs.sort_unstable_by_key(|run| run.block);
+        assert!(runs.windows(2).all(|pair| pair[0].block != pair[1].block), "two spans store into one block");
         let shape = self.shape;
         let halves = Disjoint::new(&mut self.halves);
-        let store = |tiles: std::ops::Range<usize>| {
-            lanes::dispatch(pool.cpu(), Store { shape, halves: &halves, layer, tiles, spans, k, v });
+        let store = |rows: Range<usize>| {
+            let own = runs.iter().filter(|run| rows.contains(&run.row));
+            lanes::dispatch(pool.cpu(), Store { shape, halves: &halves, layer, runs: own, k, v });
         };
-        if k.len() < FORK_VALUES {
-            store(0..tiles);
+        if k.len() < WORTH_SHARING {
+            store(0..rows);
         } else {
-            pool.run(|worker| store(worker.split(tiles, 1)));
+            // By rows: those of one worker are likely those that it computed.
+            pool.run(|worker| store(worker.split(rows, 1)));
         }
     }
 
@@ -120,71 +128,77 @@ fn page_start(shape: KvShape, layer: usize, block: usize, head: usize) -> usize 
     ((block * shape.layers + layer) * shape.kv_heads + head) * 2 * shape.page()
 }
 
-/// Some tiles of all rows; a tile is up to sixteen dimensions of one head.
-struct Store<'a> {
+/// Rows of one span that go to one block.
+struct Run {
+    block: usize,
+    /// The first row's place in the block.
+    token: usize,
+    /// The first row in the batch, and how many there are.
+    row: usize,
+    rows: usize,
+}
+
+impl Run {
+    fn of(span: &Span<'_>) -> impl Iterator<Item = Run> {
+        let Span { first_row, rows, first_position, blocks } = *span;
+        let end = first_position + rows;
+        let mut position = first_position;
+        std::iter::from_fn(move || {
+            let token = position % BLOCK_TOKENS;
+            let rows = (BLOCK_TOKENS - token).min(end - position);
+            let block = *blocks.get(position / BLOCK_TOKENS).filter(|_| rows > 0)? as usize;
+            let run = Run { block, token, row: first_row + position - first_position, rows };
+            position += rows;
+            Some(run)
+        })
+    }
+}
+
+/// Some of the runs, which no other worker has, all heads of them.
+struct Store<'a, R> {
     shape: KvShape,
     halves: &'a Disjoint<'a, u16>,
     layer: usize,
-    tiles: std::ops::Range<usize>,
-    spans: &'a [Span<'a>],
+    runs: R,
     k: &'a [f32],
     v: &'a [f32],
 }
 
-impl Kernel for Store<'_> {
+impl<'a, R: Iterator<Item = &'a Run>> Kernel for Store<'_, R> {
     type Output = ();
 
     #[inline(always)]
     fn call<L: Lanes>(self, l: L) {
-        let KvShape { kv_heads, head_dim, .. } = self.shape;
-        for span in self.spans {
-            let end = span.first_position + span.rows;
-            let mut position = span.first_position;
-            while position < end {
-                let (block, token) = (span.blocks[position / BLOCK_TOKENS] as usize, position % BLOCK_TOKENS);
-                let rows = (BLOCK_TOKENS - token).min(end - position);
-                let row = span.first_row + position - span.first_position;
-                let tiles = head_dim.div_ceil(LANES);
-                for tile in self.tiles.clone() {
-                    let (head, dim) = (tile / tiles, tile % tiles * LANES);
-                    let from = (row * kv_heads + head) * head_dim + dim;
-                    let page = page_start(self.shape, self.layer, block, head);
-                    self.store_tile(l, from, rows, page, dim, token);
-                }
-                position += rows;
-            }
-        }
-    }
-}
-
-impl Store<'_> {
-    /// `rows` tokens of one page, from `token` on; their first value of the tile is `k[from]` and `v[from]`.
-    #[inline(always)]
-    fn store_tile<L: Lanes>(&self, l: L, from: usize, rows: usize, page: usize, dim: usize, token: usize) {
-        let head_dim = self.shape.head_dim;
-        let dims = LANES.min(head_dim - dim);
-        let stride = self.shape.kv_heads * head_dim;
-        let mut halves = [[0; LANES]; BLOCK_TOKENS];
-        for (r, row) in halves.iter_mut().enumerate().take(rows) {
-            *row = halve(l, &self.v[from + r * stride..][..dims]);
-            let to = page + self.shape.page() + (token + r) * head_dim + dim;
-            // SAFETY: in this head's tile of dimensions, which one worker has; no other part lives.
-            unsafe { self.halves.part(to..to + dims) }.copy_from_slice(&row[..dims]);
-        }
-        for (r, row) in halves.iter_mut().enumerate().take(rows) {
-            *row = halve(l, &self.k[from + r * stride..][..dims]);
-        }
-        let to = page + dim * BLOCK_TOKENS;
-        // SAFETY: as above.
-        let keys = unsafe { self.halves.part(to..to + dims * BLOCK_TOKENS) };
-        for (d, lane) in keys.chunks_exact_mut(BLOCK_TOKENS).enumerate() {
-            if rows == BLOCK_TOKENS {
-                for t in 0..BLOCK_TOKENS {
-                    lane[t] = halves[t][d];
-                }
-            } else {
-                for r in 0..rows {
-                    lane[token + r] = halves[r][d];
+        let Store { shape, halves, layer, runs, k, v } = self;
+        let KvShape { kv_heads, head_dim, .. } = shape;
+        for run in runs {
+            for head in 0..kv_heads {
+                let start = page_start(shape, layer, run.block, head);
+                // SAFETY: blocks of runs differ, and each run has one worker.
+                let page = unsafe { halves.part(start..start + 2 * shape.page()) };
+                let (keys, values) = page.split_at_mut(shape.page());
+                for dim in (0..head_dim).step_by(LANES) {
+                    let dims = LANES.min(head_dim - dim);
+                    let from = |row: usize| ((run.row + row) * kv_heads + head) * head_dim + dim;
+                    let mut tile = [[0; LANES]; BLOCK_TOKENS];
+                    for (r, row) in tile.iter_mut().enumerate().take(run.rows) {
+                        let halves = halve(l, &v[from(r)..][..dims]);
+                        values[(run.token + r) * head_dim + dim..][..dims].copy_from_slice(&halves[..dims]);
+                        *row = halve(l, &k[from(r)..][..dims]);
+                    }
+                    for (d, lane) in
+                        keys[dim * BLOCK_TOKENS..].chunks_exact_mut(BLOCK_TOKENS).take(dims).enumerate()
+                    {
+                        if run.rows == BLOCK_TOKENS {
+                            for t in 0..BLOCK_TOKENS {
+                                lane[t] = tile[t][d];
+                            }
+                        } else {
+                            for r in 0..run.rows {
+                                lane[run.token + r] = tile[r][d];
+                            }
+                        }
+                    }
                 }
             }
         }
@@ -240,6 +254,21 @@ mod tests {
                 );
             }
         }
+    }
+
+    #[test]
+    #[should_panic(expected = "two spans store into one block")]
+    fn a_block_belongs_to_one_span() {
+        let shape = KvShape { layers: 1, kv_heads: 1, head_dim: 16 };
+        let span = |first_row| Span { first_row, rows: 1, first_position: first_row, blocks: &[0] };
+        let row = [1.0; 32];
+        KvCache::new(shape, 1).unwrap().store(
+            &Pool::new(1, crate::Cpu::detect()),
+            0,
+            &[span(0), span(1)],
+            &row,
+            &row,
+        );
     }
 
     #[test]

@@ -26,7 +26,7 @@ const ROWS_WORTH_SHARING: usize = 32;
 /// From this many rows a thread on, each thread takes rows of its own through all steps between two attentions,
 /// instead of meeting the others at every step: what it wrote is then still in its own cache. Fewer rows are bound by
 /// reading the weights, which all threads had better read together.
-const ROWS_OF_ITS_OWN: usize = 24;
+const ROWS_OF_ITS_OWN: usize = 8;
 
 /// Most rows that a thread takes through the steps at a time, so that all they need stays in its second-level cache.
 const CHUNK_ROWS: usize = 72;

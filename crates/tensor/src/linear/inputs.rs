@@ -4,6 +4,8 @@ use std::ops::Range;
 
 use super::quantize::Quantize;
 use super::tile::{BLOCK_WORDS, HALF_WORDS, Tiles};
+#[cfg(target_arch = "x86_64")]
+use crate::Family;
 use crate::lanes;
 use crate::matrix::InputKind;
 use crate::matrix::panel::BLOCK;
@@ -146,6 +148,11 @@ pub(super) struct Columns<'a> {
 
 fn prepare_columns(cpu: Cpu, kind: InputKind, columns: Columns<'_>) {
     match kind {
+        #[cfg(target_arch = "x86_64")]
+        InputKind::Int8 if cpu.family() == Family::Avx512 && columns.x.len() > columns.cols => {
+            // SAFETY: a `Cpu` of this family exists only where its instructions do.
+            unsafe { super::quantize::avx512::quantize(columns) }
+        }
         InputKind::Int8 => lanes::dispatch(cpu, Quantize(columns)),
         InputKind::Bf16 => lanes::dispatch(cpu, Pairs(columns)),
         InputKind::F32 => {

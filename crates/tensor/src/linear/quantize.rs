@@ -3,6 +3,9 @@
 //! A token of a small model rounds 100,000 values, so this runs on vectors too: two of them hold a block, and all
 //! that crosses lanes is exact in any order (a maximum, and sums of whole numbers below 2²⁴).
 
+#[cfg(target_arch = "x86_64")]
+pub(super) mod avx512;
+
 use super::inputs::Columns;
 use super::tile::{BLOCK_WORDS, HALF_WORDS};
 use crate::lanes::{Kernel, LANES, Lanes};
@@ -111,6 +114,41 @@ mod tests {
                 lanes::dispatch(cpu, Quantize(columns));
                 let got = (words, halves);
                 assert!(*expected.get_or_insert_with(|| got.clone()) == got, "{special} on {cpu:?}");
+            }
+        }
+    }
+
+    /// Four rows at a time give what one at a time does: any number of rows, any part of the columns.
+    #[cfg(target_arch = "x86_64")]
+    #[test]
+    fn four_rows_at_a_time_are_as_one() {
+        if !cpus().any(|cpu| cpu.family() == crate::Family::Avx512) {
+            return;
+        }
+        let cols = 5 * BLOCK;
+        for rows in 1..=12 {
+            let mut x = uniform(rows as u64, rows * cols);
+            let specials =
+                [0.0, -0.0, 1e-40, f32::MAX, f32::INFINITY, f32::NEG_INFINITY, f32::NAN, -f32::NAN];
+            for (i, special) in specials.into_iter().enumerate() {
+                x[i % rows * cols + i % 5 * BLOCK..][..BLOCK].fill(0.0);
+                x[i % rows * cols + i % 5 * BLOCK + 3 * i] = special;
+            }
+            for columns in [0..cols, BLOCK..3 * BLOCK] {
+                let blocks = columns.len() / BLOCK;
+                let run = |four: bool| {
+                    let mut words = vec![7; rows * blocks * BLOCK_WORDS];
+                    let mut halves = vec![7; rows * blocks * HALF_WORDS];
+                    let (x, columns) = (&x[..], columns.clone());
+                    let columns = Columns { x, cols, columns, words: &mut words, halves: &mut halves };
+                    match four {
+                        // SAFETY: the family was found above.
+                        true => unsafe { avx512::quantize(columns) },
+                        false => Quantize(columns).call(Scalar),
+                    }
+                    (words, halves)
+                };
+                assert!(run(true) == run(false), "{rows} rows, columns {columns:?}");
             }
         }
     }
