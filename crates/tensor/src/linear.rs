@@ -15,6 +15,7 @@ use crate::matrix::panel::{LANES, Layout};
 use crate::matrix::{GatedMatrix, Matrix};
 use crate::pool::{Disjoint, Worker};
 use crate::{Cpu, DType, Family, Pool};
+use inputs::TileInputs;
 use tile::{Kernel, Sums, TILE, Tile};
 
 #[cfg(target_arch = "x86_64")]
@@ -60,6 +61,7 @@ pub fn linear(pool: &Pool, x: &Inputs, products: &mut [Product<'_>]) {
                 unit_bytes: weights.layout().bytes,
                 rows: weights.rows(),
                 layout: weights.layout(),
+                kernels: Kernels::new(pool.cpu(), weights.layout().dtype, x),
                 finish: Finish::Add { bias: product.bias, accumulate: product.accumulate },
                 out: Disjoint::new(product.out),
             }
@@ -80,7 +82,8 @@ pub fn gated(pool: &Pool, x: &Inputs, weights: &GatedMatrix, activation: Activat
         unit_bytes: gate.bytes + up.bytes,
         rows: weights.rows(),
         layout: gate,
-        finish: Finish::Gate { up, activation },
+        kernels: Kernels::new(pool.cpu(), gate.dtype, x),
+        finish: Finish::Gate { up, kernels: Kernels::new(pool.cpu(), up.dtype, x), activation },
         out: Disjoint::new(out),
     };
     run(pool, x, &[job]);
@@ -101,6 +104,7 @@ struct Job<'a> {
     rows: usize,
     /// Of the panel, or of the gate's.
     layout: &'a Layout,
+    kernels: Kernels,
     finish: Finish<'a>,
     out: Disjoint<'a, f32>,
 }
@@ -108,7 +112,32 @@ struct Job<'a> {
 /// What becomes of a panel's sums.
 enum Finish<'a> {
     Add { bias: Option<&'a [f32]>, accumulate: bool },
-    Gate { up: &'a Layout, activation: Activation },
+    Gate { up: &'a Layout, kernels: Kernels, activation: Activation },
+}
+
+/// The kernels for a batch: its tiles have one number of rows, or two that differ by one.
+#[derive(Clone, Copy)]
+struct Kernels {
+    /// Rows of the larger tiles.
+    most: usize,
+    larger: Kernel,
+    smaller: Kernel,
+}
+
+impl Kernels {
+    fn new(cpu: Cpu, dtype: DType, x: &Inputs) -> Kernels {
+        let most = x.tiles().tile(0).1;
+        let kernel = |rows: usize| kernel(cpu.family(), dtype, rows.max(1));
+        Kernels { most, larger: kernel(most), smaller: kernel(most.saturating_sub(1)) }
+    }
+
+    /// Computes the sums of a tile.
+    fn run(self, tile: &Tile<'_>, sums: &mut Sums) {
+        assert!(tile.panel.len() == tile.layout.bytes && (1..=TILE).contains(&tile.rows));
+        assert!(tile.rows == self.most || tile.rows + 1 == self.most);
+        // SAFETY: a `Cpu` exists only where its family's instructions do.
+        unsafe { if tile.rows == self.most { (self.larger)(tile, sums) } else { (self.smaller)(tile, sums) } }
+    }
 }
 
 /// Up to this many tiles a thread keeps the share of the weights that it has; beyond, threads claim panels.
@@ -128,34 +157,34 @@ const PREFETCH_BYTES: usize = 8192;
 const FEW: usize = 2;
 
 fn run(pool: &Pool, x: &Inputs, jobs: &[Job<'_>]) {
-    let tiles = x.tiles().count;
-    if tiles == 0 || jobs.iter().all(|job| job.units() == 0) {
+    let tiles = &x.each_tile()[..];
+    let Some(first) = tiles.first() else { return };
+    if jobs.iter().all(|job| job.units() == 0) {
         return;
     }
-    if tiles <= STATIC_TILES {
+    if tiles.len() <= STATIC_TILES {
         return pool.run(|worker| {
             let mut sums = Both::new();
             for (job, units) in shares(jobs, worker) {
                 for unit in units {
-                    job.run(pool.cpu(), x, unit, 0..tiles, &mut sums);
+                    job.run(pool.cpu(), unit, tiles, &mut sums);
                 }
             }
         });
     }
-    let tile_bytes = size_of_val(x.tile(0).2);
-    let chunk = (CHUNK_BYTES / tile_bytes.max(1)).clamp(1, tiles);
+    let chunk = (CHUNK_BYTES / size_of_val(first.words).max(1)).clamp(1, tiles.len());
     // As even as possible: no short chunk at the end.
-    let chunks = tiles.div_ceil(chunk);
+    let chunks = tiles.len().div_ceil(chunk);
     let claims: usize = jobs.iter().map(Job::claims).sum();
     pool.run(|worker| {
         let mut sums = Both::new();
         while let Some(index) = worker.claim(chunks * claims) {
             let (chunk, mut claim) = (index / claims, index % claims);
-            let tiles = chunk * tiles / chunks..(chunk + 1) * tiles / chunks;
+            let tiles = &tiles[chunk * tiles.len() / chunks..(chunk + 1) * tiles.len() / chunks];
             for job in jobs {
                 if claim < job.claims() {
                     let units = claim * CLAIM_UNITS..((claim + 1) * CLAIM_UNITS).min(job.units());
-                    units.for_each(|unit| job.run(pool.cpu(), x, unit, tiles.clone(), &mut sums));
+                    units.for_each(|unit| job.run(pool.cpu(), unit, tiles, &mut sums));
                     break;
                 }
                 claim -= job.claims();
@@ -204,26 +233,25 @@ impl Job<'_> {
     }
 
     /// Computes one unit for `tiles`.
-    fn run(&self, cpu: Cpu, x: &Inputs, unit: usize, tiles: Range<usize>, both: &mut Both) {
+    fn run(&self, cpu: Cpu, unit: usize, tiles: &[TileInputs<'_>], both: &mut Both) {
         let bytes = &self.panels[unit * self.unit_bytes..][..self.unit_bytes];
         let (panel, partner) = bytes.split_at(self.layout.bytes);
         // One tile reads on from where it is; several have the time to fetch the next unit during the first.
         let distance = if tiles.len() == 1 { PREFETCH_BYTES } else { self.unit_bytes };
-        for index in tiles.clone() {
-            let ahead = |panel: &[u8]| match index == tiles.start {
-                true => panel.as_ptr().wrapping_add(distance),
-                false => std::ptr::null(),
+        for (index, &TileInputs { first, rows, words, halves }) in tiles.iter().enumerate() {
+            let ahead = |panel: &[u8]| match index {
+                0 => panel.as_ptr().wrapping_add(distance),
+                _ => std::ptr::null(),
             };
-            let (first, rows, words, halves) = x.tile(index);
             if rows > FEW {
                 (first..first + rows)
                     .for_each(|row| lanes::prefetch_write(self.out.at(row * self.rows + unit * LANES)));
             }
             let tile = Tile { layout: self.layout, panel, rows, words, halves, ahead: ahead(panel) };
-            compute(cpu, &tile, &mut both.sums);
-            if let Finish::Gate { up, .. } = self.finish {
+            self.kernels.run(&tile, &mut both.sums);
+            if let Finish::Gate { up, kernels, .. } = self.finish {
                 let tile = Tile { layout: up, panel: partner, ahead: ahead(partner), ..tile };
-                compute(cpu, &tile, &mut both.up);
+                kernels.run(&tile, &mut both.up);
             }
             self.finish(cpu, unit, first, rows, both);
         }
@@ -289,14 +317,7 @@ impl lanes::Kernel for Store<'_, '_> {
     }
 }
 
-/// Runs the kernel for this tile.
-fn compute(cpu: Cpu, tile: &Tile<'_>, sums: &mut Sums) {
-    assert!(tile.panel.len() == tile.layout.bytes && (1..=TILE).contains(&tile.rows));
-    let kernel = kernel(cpu.family(), tile.layout.dtype, tile.rows);
-    // SAFETY: a `Cpu` exists only where its family's instructions do.
-    unsafe { kernel(tile, sums) }
-}
-
+/// The kernel of a family for a format and a number of rows.
 #[cfg_attr(
     not(target_arch = "x86_64"),
     expect(unused_variables, reason = "one kernel for any number of rows")

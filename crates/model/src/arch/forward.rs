@@ -17,7 +17,7 @@ use super::Model;
 use super::batch::Batch;
 use super::config::ModelConfig;
 use super::parts::{Part, PartTimes};
-use super::rows::{Local, Rows, resize};
+use super::rows::{Local, Rows, grown};
 use crate::Error;
 
 /// Embedding fewer rows than this costs less than waking a thread for them.
@@ -74,8 +74,8 @@ impl Model {
         scratch.end(Part::Embed);
         self.advance(pool, 0, scratch);
         for index in 0..self.layers.len() {
-            let Scratch { k, v, .. } = &*scratch;
-            cache.store(pool, index, batch.spans, k, v);
+            let keys = batch.tokens.len() * self.config.kv_heads * self.config.head_dim;
+            cache.store(pool, index, batch.spans, &scratch.k[..keys], &scratch.v[..keys]);
             scratch.end(Part::RotateStore);
             // Nobody reads the last layer's rows but those whose logits are wanted.
             let last = index + 1 == self.layers.len() && batch.logit_rows.len() < batch.tokens.len();
@@ -109,7 +109,16 @@ impl Model {
             true => rows.div_ceil(CHUNK_ROWS * pool.threads()) * pool.threads(),
             false => 1,
         };
-        let mut all = Rows { positions, x, q, k, v, attended };
+        let (queries, keys) =
+            (rows * config.heads * config.head_dim, rows * config.kv_heads * config.head_dim);
+        let mut all = Rows {
+            positions,
+            x: &mut x[..rows * config.hidden],
+            q: &mut q[..queries],
+            k: &mut k[..keys],
+            v: &mut v[..keys],
+            attended: &attended[..queries],
+        };
         if count == 1 {
             return steps(&mut all, &mut lock(&locals[0]));
         }
@@ -149,15 +158,16 @@ impl Model {
             window: config.window(index),
             softcap: config.attention_softcap,
         };
-        let Scratch { q, attended, .. } = scratch;
-        attention(pool, params, index, cache, spans, q, attended);
+        let Scratch { q, attended, positions, .. } = scratch;
+        let queries = positions.len() * config.heads * config.head_dim;
+        attention(pool, params, index, cache, spans, &q[..queries], &mut attended[..queries]);
         scratch.end(Part::Attention);
     }
 
     /// Tokens to rows of the embedding.
     fn embed(&self, pool: &Pool, tokens: &[u32], x: &mut Vec<f32>) {
         let hidden = self.config.hidden;
-        resize(x, tokens.len() * hidden);
+        let x = grown(x, tokens.len() * hidden);
         let embed = |token: u32, out: &mut [f32]| {
             self.embedding.row(token as usize, out);
             if let Some(scale) = self.config.embedding_scale {
@@ -181,12 +191,13 @@ impl Model {
     fn project_to_vocabulary(&self, pool: &Pool, scratch: &mut Scratch, logits: &mut Vec<f32>) {
         let config = &self.config;
         let Scratch { x, positions, locals, .. } = scratch;
-        resize(logits, positions.len() * config.vocab);
+        logits.resize(positions.len() * config.vocab, 0.0);
         if positions.is_empty() {
             return;
         }
         let head = self.head();
         let Local { inputs, times, .. } = &mut *lock(&locals[0]);
+        let x = &x[..positions.len() * config.hidden];
         inputs.prepare_normed(pool, x, &self.final_norm, config.norm_eps, head.input_kind());
         linear(pool, inputs, &mut [Product { weights: head, bias: None, out: logits, accumulate: false }]);
         if let Some(cap) = config.logit_softcap {
@@ -243,10 +254,10 @@ impl Scratch {
             self.positions.extend((span.first_position..span.first_position + span.rows).map(|p| p as u32));
         }
         let rows = self.positions.len();
-        resize(&mut self.q, rows * config.heads * config.head_dim);
-        resize(&mut self.attended, rows * config.heads * config.head_dim);
-        resize(&mut self.k, rows * config.kv_heads * config.head_dim);
-        resize(&mut self.v, rows * config.kv_heads * config.head_dim);
+        grown(&mut self.q, rows * config.heads * config.head_dim);
+        grown(&mut self.attended, rows * config.heads * config.head_dim);
+        grown(&mut self.k, rows * config.kv_heads * config.head_dim);
+        grown(&mut self.v, rows * config.kv_heads * config.head_dim);
     }
 
     /// Moves the rows whose logits are wanted to the front and forgets the others. Returns their spans.
@@ -279,13 +290,7 @@ impl Scratch {
             shift(&mut self.x, config.hidden);
             shift(&mut self.q, config.heads * config.head_dim);
         }
-        let rows = batch.logit_rows.len();
-        self.positions.truncate(rows);
-        self.x.truncate(rows * config.hidden);
-        self.q.truncate(rows * config.heads * config.head_dim);
-        self.attended.truncate(rows * config.heads * config.head_dim);
-        self.k.truncate(rows * config.kv_heads * config.head_dim);
-        self.v.truncate(rows * config.kv_heads * config.head_dim);
+        self.positions.truncate(batch.logit_rows.len());
         kept
     }
 }

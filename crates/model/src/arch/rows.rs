@@ -121,7 +121,7 @@ impl Model {
     ) {
         let config = &self.config;
         let Local { inputs, inner, block, times } = local;
-        resize(inner, rows.positions.len() * config.ffn);
+        let inner = grown(inner, rows.positions.len() * config.ffn);
         inputs.prepare_normed(pool, rows.x, &weights.norm, config.norm_eps, weights.gate_up.input_kind());
         PartTimes::end(times, Part::Prepare);
         gated(pool, inputs, &weights.gate_up, config.activation, inner);
@@ -148,7 +148,7 @@ fn add_to_residual<'a>(
     match post_norm {
         None => linear(pool, inputs, &mut [Product { weights, bias, out: x, accumulate: true }]),
         Some(norm) => {
-            resize(block, x.len());
+            let block = grown(block, x.len());
             linear(pool, inputs, &mut [Product { weights, bias, out: block, accumulate: false }]);
             add_rms_norm(pool, x, block, norm, eps);
         }
@@ -179,7 +179,11 @@ impl Projection {
     }
 }
 
-/// Sets the length without clearing what stays: every value is written before it is read.
-pub(super) fn resize(buffer: &mut Vec<f32>, len: usize) {
-    buffer.resize(len, 0.0);
+/// The first `len` values of a memory that only grows, so that batches that come and go clear nothing. Every value is
+/// written before it is read.
+pub(super) fn grown(memory: &mut Vec<f32>, len: usize) -> &mut [f32] {
+    if memory.len() < len {
+        memory.resize(len, 0.0);
+    }
+    &mut memory[..len]
 }

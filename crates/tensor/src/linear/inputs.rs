@@ -59,10 +59,10 @@ impl Inputs {
         assert_eq!(rows * cols, x.len(), "inputs are not whole rows of {cols} values");
         let (row_words, row_halves) = row_words(kind, cols);
         (self.rows, self.cols, self.kind) = (rows, cols, Some(kind));
-        self.words.resize(rows * row_words, 0);
-        self.halves.resize(rows * row_halves, 0);
+        let words = grown(&mut self.words, rows * row_words);
+        let halves = grown(&mut self.halves, rows * row_halves);
         let tiles = Tiles::new(rows);
-        let (words, halves) = (Disjoint::new(&mut self.words), Disjoint::new(&mut self.halves));
+        let (words, halves) = (Disjoint::new(words), Disjoint::new(halves));
         // Work is shared out in blocks of columns of a tile, since a batch of a few rows is a single tile.
         let blocks = cols.div_ceil(BLOCK);
         let some = |mut share: Range<usize>| {
@@ -93,24 +93,47 @@ impl Inputs {
 
     /// RMS norm and preparation in one pass: as [`crate::norm::rms_norm`] into a temporary, then [`Inputs::prepare`].
     pub fn prepare_normed(&mut self, pool: &Pool, x: &[f32], weight: &[f32], eps: f32, kind: InputKind) {
-        let mut normed = std::mem::take(&mut self.normed);
-        normed.resize(x.len(), 0.0);
-        rms_norm(pool, x, weight, eps, &mut normed);
-        self.prepare(pool, &normed, weight.len(), kind);
-        self.normed = normed;
+        let mut memory = std::mem::take(&mut self.normed);
+        let normed = grown(&mut memory, x.len());
+        rms_norm(pool, x, weight, eps, normed);
+        self.prepare(pool, normed, weight.len(), kind);
+        self.normed = memory;
     }
 
     pub(crate) fn tiles(&self) -> Tiles {
         Tiles::new(self.rows)
     }
 
-    /// The words and halves of one tile, and its rows.
-    pub(crate) fn tile(&self, index: usize) -> (usize, usize, &[u32], &[u32]) {
-        let (first, count) = self.tiles().tile(index);
+    /// The tiles, each with its first row and its rows.
+    pub(crate) fn each_tile(&self) -> Vec<TileInputs<'_>> {
         let (words, halves) = self.kind.map_or((0, 0), |kind| row_words(kind, self.cols));
-        let part = |per_row: usize| first * per_row..(first + count) * per_row;
-        (first, count, &self.words[part(words)], &self.halves[part(halves)])
+        let tiles = self.tiles();
+        let tile = |index| {
+            let (first, rows) = tiles.tile(index);
+            let part = |per_row: usize| first * per_row..(first + rows) * per_row;
+            TileInputs { first, rows, words: &self.words[part(words)], halves: &self.halves[part(halves)] }
+        };
+        (0..tiles.count).map(tile).collect()
     }
+}
+
+/// What a kernel reads of one tile; see [`super::tile::Tile`].
+#[derive(Clone, Copy)]
+pub(crate) struct TileInputs<'a> {
+    /// The first row.
+    pub(crate) first: usize,
+    pub(crate) rows: usize,
+    pub(crate) words: &'a [u32],
+    pub(crate) halves: &'a [u32],
+}
+
+/// The first `len` values of a memory that only grows, so that batches that come and go clear nothing. Every value is
+/// written before it is read.
+fn grown<T: Default + Clone>(memory: &mut Vec<T>, len: usize) -> &mut [T] {
+    if memory.len() < len {
+        memory.resize(len, T::default());
+    }
+    &mut memory[..len]
 }
 
 /// Words that a prepared row takes, and words of its halves.
