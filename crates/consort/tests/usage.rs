@@ -33,6 +33,15 @@ fn asked_wrongly_is_exit_code_two() {
         vec!["serve", garbage, "--api-key", "short"],
         vec!["serve", garbage, "--kv-bytes", "lots"],
         vec!["models", "--verify", "--remove", "x"],
+        vec!["up", "--check"],
+        vec!["up", "consort.toml", "--model", "x"],
+        vec!["up", "/no/such/consort.toml"],
+        vec!["up", "--replicas", "0"],
+        vec!["key"],
+        vec!["key", "create"],
+        vec!["key", "create", "--name", ""],
+        vec!["key", "create", "--name", "a", "--requests-per-minute", "0"],
+        vec!["key", "revoke", "../x"],
         vec!["bench", "serve", "--url", "ftp://x"],
         vec!["bench", "serve", "--concurrency", "0"],
     ] {
@@ -54,6 +63,8 @@ fn help_has_an_example_and_exit_code_zero() {
         &["up", "--help"][..],
         &["run", "--help"],
         &["serve", "--help"],
+        &["status", "--help"],
+        &["key", "create", "--help"],
         &["pull", "--help"],
         &["models", "--help"],
         &["bench", "serve", "--help"],
@@ -147,6 +158,53 @@ fn a_damaged_model_is_named_and_the_server_ends() {
         assert_eq!(output.status.code(), Some(1), "{command}: {}", err(&output));
         assert!(err(&output).contains("damaged.gguf"), "{}", err(&output));
     }
+}
+
+#[test]
+fn a_deployment_is_checked_without_running_it() {
+    let consort = Consort::new();
+    let file = consort.home.path().join("consort.toml");
+    std::fs::write(&file, "[models.chat]\nsource = \"smollm2-135m-instruct\"\nreplicas = 3\n").unwrap();
+    let output = consort.run(&["up", file.to_str().unwrap(), "--check"]);
+    assert_eq!(output.status.code(), Some(0), "{}", err(&output));
+    assert!(out(&output).contains("is right: 1 model, at most 3 replicas"), "{}", out(&output));
+    assert!(!consort.home.path().join("state").exists(), "it only reads");
+
+    std::fs::write(&file, "[models.chat]\nsource = \"x\"\n[timeouts]\ntry = \"5m\"\nroute = \"1m\"\n")
+        .unwrap();
+    let output = consort.run(&["up", file.to_str().unwrap(), "--check"]);
+    assert_eq!(output.status.code(), Some(2));
+    assert!(out(&output).is_empty());
+    let said = err(&output);
+    for part in [
+        "consort.toml:4:7",
+        "4 | try = \"5m\"",
+        "`try` (5m) is longer than `route` (1m)",
+        "help: make `try` at most 1m",
+    ] {
+        assert!(said.contains(part), "{part} is missing in\n{said}");
+    }
+}
+
+#[test]
+fn keys_are_made_listed_and_revoked_without_a_running_fleet() {
+    let consort = Consort::new();
+    let arguments =
+        ["key", "create", "--name", "alice", "--tokens-per-minute", "900", "--models", "chat,code", "--json"];
+    let made: serde_json::Value = serde_json::from_slice(&consort.run(&arguments).stdout).unwrap();
+    let (secret, id) = (made["secret"].as_str().unwrap(), made["key"]["id"].as_str().unwrap());
+    assert!(secret.starts_with("sk-consort-") && secret.len() == 59);
+    let listed = out(&consort.run(&["key", "list"]));
+    for part in [id, "alice", "900", "chat,code"] {
+        assert!(listed.contains(part), "{part} is missing in\n{listed}");
+    }
+    assert!(!listed.contains(secret));
+    assert_eq!(consort.run(&["key", "revoke", id]).status.code(), Some(0));
+    assert_eq!(consort.run(&["key", "revoke", id]).status.code(), Some(1));
+    assert!(out(&consort.run(&["key", "list"])).contains("there are no keys"));
+    let output = consort.run(&["status"]);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(err(&output).contains("no consort up runs here"), "{}", err(&output));
 }
 
 #[test]
