@@ -5,9 +5,10 @@ use std::io;
 use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
-use consort_api::Fleet;
+use consort_api::{ApiKeyRecord, Fleet, FleetSnapshot};
 use hyper::body::Incoming;
 use hyper::{Method, Request, Response};
 use tokio::net::TcpListener;
@@ -15,12 +16,21 @@ use tokio::net::TcpListener;
 use crate::fleet::{FleetError, Registry};
 use crate::http::accept::Server;
 use crate::http::body::Body;
+use crate::http::guard::is_loopback;
+use crate::keys::{KeyError, Keys};
+use crate::policy::budget::Budget;
+use crate::policy::hedge::Purse;
 use crate::settings::Settings;
+use crate::telemetry::Telemetry;
 
 /// A front door. Its owner keeps it in an [`Arc`], serves it, and changes its fleet while it runs.
 pub struct Gateway {
     pub(crate) settings: Settings,
     pub(crate) registry: Arc<Registry>,
+    pub(crate) keys: Keys,
+    pub(crate) telemetry: Arc<Telemetry>,
+    budget: Mutex<Budget>,
+    purse: Mutex<Purse>,
     pub(crate) extra: OnceLock<Box<dyn Extra>>,
     draining: AtomicBool,
 }
@@ -59,6 +69,10 @@ impl Gateway {
         Arc::new(Gateway {
             settings,
             registry: Arc::default(),
+            keys: Keys::default(),
+            telemetry: Arc::new(Telemetry::new()),
+            budget: Mutex::default(),
+            purse: Mutex::default(),
             extra: OnceLock::new(),
             draining: AtomicBool::new(false),
         })
@@ -70,6 +84,38 @@ impl Gateway {
     /// [`FleetError`]; the fleet is then as it was.
     pub fn set_fleet(&self, fleet: &Fleet) -> Result<(), FleetError> {
         self.registry.replace(fleet, &self.settings.replicas)
+    }
+
+    /// Replaces the API keys. What a key has used of its limits stays used. Where keys are `required`, nobody may ask
+    /// without one; where they aren't, a right one counts and anything else is nobody.
+    ///
+    /// # Errors
+    /// [`KeyError`]; the keys are then as they were.
+    pub fn set_keys(&self, keys: &[ApiKeyRecord], required: bool) -> Result<(), KeyError> {
+        self.keys.replace(keys, required)
+    }
+
+    /// The fleet as it is now.
+    pub fn snapshot(&self) -> FleetSnapshot {
+        let now = Instant::now();
+        let models = self.registry.models();
+        let models: Vec<_> = models.list.iter().map(|model| model.snapshot(now)).collect();
+        let milliseconds =
+            |duration: std::time::Duration| u64::try_from(duration.as_millis()).unwrap_or(u64::MAX);
+        FleetSnapshot {
+            at_ms: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, milliseconds),
+            uptime_ms: milliseconds(now - self.telemetry.started),
+            totals: self.telemetry.totals(now, models.iter().map(|model| model.queued).sum()),
+            models,
+        }
+    }
+
+    pub(crate) fn budget(&self) -> MutexGuard<'_, Budget> {
+        self.budget.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn purse(&self) -> MutexGuard<'_, Purse> {
+        self.purse.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Answers further paths. To be set once, before [`Gateway::serve`]; later calls change nothing.
@@ -87,7 +133,7 @@ impl Gateway {
         shutdown: impl Future<Output = ()>,
     ) -> Result<(), ServeError> {
         let address = listener.local_addr()?;
-        if !address.ip().is_loopback() {
+        if !is_loopback(address.ip()) && !self.keys.required() {
             return Err(ServeError::KeyNeeded { address });
         }
         let watching =

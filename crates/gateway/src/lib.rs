@@ -15,13 +15,21 @@ mod fleet;
 mod gateway;
 mod http;
 mod json;
+mod keys;
 mod policy;
 mod proxy;
 mod settings;
+mod stats;
+mod telemetry;
+mod trace;
 
 pub use discovery::Discovery;
 pub use fleet::FleetError;
 pub use gateway::{Answering, Extra, Gateway, ServeError};
 pub use http::body::Body;
+pub use keys::KeyError;
 pub use proxy::upstream::AddressError;
-pub use settings::{ClientSettings, ReplicaSettings, RetrySettings, Settings};
+pub use settings::{
+    BreakerSettings, BudgetSettings, ClientSettings, HedgeSettings, OutlierSettings, ReplicaSettings,
+    RetrySettings, Settings,
+};

@@ -4,6 +4,11 @@ use std::time::Duration;
 
 use consort_base::Backoff;
 
+pub use crate::policy::breaker::BreakerSettings;
+pub use crate::policy::budget::BudgetSettings;
+pub use crate::policy::hedge::HedgeSettings;
+pub use crate::policy::outlier::OutlierSettings;
+
 /// How a gateway runs. The defaults are safe on a loopback address.
 #[derive(Clone, Debug, Default)]
 pub struct Settings {
@@ -13,6 +18,8 @@ pub struct Settings {
     pub replicas: ReplicaSettings,
     /// How often a request is tried.
     pub retries: RetrySettings,
+    /// Whether a slow first token is asked for twice.
+    pub hedging: HedgeSettings,
 }
 
 /// Limits on what clients may cost.
@@ -62,6 +69,14 @@ pub struct ReplicaSettings {
     pub stalled_after: Duration,
     /// Requests sent to one replica at one time; further ones wait here, where they can still go anywhere.
     pub max_outstanding: usize,
+    /// Requests that may wait here for one model; one more is refused with 429.
+    pub max_pending: usize,
+    /// Prompts go where their beginning is in the prefix cache, as far as loads allow.
+    pub affinity: bool,
+    /// When a replica that answers badly is taken out.
+    pub outlier: OutlierSettings,
+    /// When a replica that can't be reached is left alone.
+    pub breaker: BreakerSettings,
 }
 
 /// How often a request is tried.
@@ -71,6 +86,9 @@ pub struct RetrySettings {
     pub attempts: u32,
     /// Between two attempts, once each replica has had one.
     pub backoff: Backoff,
+    /// How many may be under way for a second time, against those that are active. An answer that had begun goes on
+    /// outside of it.
+    pub budget: BudgetSettings,
     /// How long a request may wait where no replica can take it.
     pub wait: Duration,
 }
@@ -105,6 +123,10 @@ impl Default for ReplicaSettings {
             silence_timeout: Duration::from_secs(20),
             stalled_after: Duration::from_secs(10),
             max_outstanding: 64,
+            max_pending: 1024,
+            affinity: true,
+            outlier: OutlierSettings::default(),
+            breaker: BreakerSettings::default(),
         }
     }
 }
@@ -113,6 +135,7 @@ impl Default for RetrySettings {
     fn default() -> RetrySettings {
         RetrySettings {
             attempts: 4,
+            budget: BudgetSettings { ratio: 0.2, floor: 3 },
             backoff: Backoff { base: Duration::from_millis(50), cap: Duration::from_secs(2) },
             wait: Duration::from_secs(30),
         }

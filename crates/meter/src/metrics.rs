@@ -84,6 +84,16 @@ impl Metrics {
         family
     }
 
+    /// A gauge for each set of labels. Whoever sets them clears the family of what is gone.
+    pub fn gauges<L>(&self, name: &str, help: &str) -> Family<L, Gauge>
+    where
+        L: Clone + std::hash::Hash + Eq + EncodeLabelSet + Debug + Send + Sync + 'static,
+    {
+        let family = Family::<L, Gauge>::default();
+        self.with(|r| r.register(name, help, family.clone()));
+        family
+    }
+
     /// A gauge.
     pub fn gauge(&self, name: &str, help: &str) -> Gauge {
         let gauge = Gauge::default();

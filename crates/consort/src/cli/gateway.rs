@@ -4,11 +4,11 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use clap::Args;
-use consort_api::{FleetReplica, Numerics};
+use consort_api::{ApiKeyRecord, FleetReplica, KeyLimits, Numerics};
 use consort_gateway::{Discovery, Gateway as Door, Settings};
 
 use crate::cli::UsageError;
-use crate::listen::{Bound, Listen};
+use crate::listen::{Bound, Listen, Origin};
 use crate::signals;
 use crate::terminal::{Style, line, note};
 
@@ -60,6 +60,16 @@ impl Gateway {
             note(&format!("port {} is taken; using {port}", crate::listen::DEFAULT_PORT));
         }
         let door = Door::new(settings);
+        if let Some(key) = &bound.key {
+            let record = ApiKeyRecord {
+                id: "default".to_owned(),
+                name: String::new(),
+                hash: blake3::hash(key.secret.as_bytes()).to_hex().to_string(),
+                limits: KeyLimits::default(),
+                created: 0,
+            };
+            door.set_keys(&[record], true).context("the API key is unusable")?;
+        }
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .max_blocking_threads(4)
@@ -97,6 +107,7 @@ impl Gateway {
         if self.json {
             return Ok(line(serde_json::json!({
                 "url": url, "address": bound.address.to_string(), "upstreams": self.upstreams,
+                "api_key": bound.key.as_ref().filter(|key| key.origin == Origin::Minted).map(|key| &key.secret),
             }))?);
         }
         let style = Style::stdout();
@@ -108,6 +119,13 @@ impl Gateway {
         ))?;
         line("")?;
         line(format_args!("  {}  {url}/v1", style.dim("OpenAI API ")))?;
+        if let Some(key) = bound.key.as_ref().filter(|key| key.origin == Origin::Minted) {
+            line(format_args!(
+                "  {}  {}   (made just now, shown once)",
+                style.dim("API key    "),
+                key.secret
+            ))?;
+        }
         line(format_args!("  {}  Ctrl-C", style.dim("Stop       ")))?;
         line("")?;
         Ok(())

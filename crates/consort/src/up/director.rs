@@ -247,6 +247,9 @@ impl Director {
         state.file_error = None;
         state.keys_required = deployment.keys_required || self.bound.key.is_some();
         drop(state);
+        if let Err(error) = self.shared.arm_door() {
+            self.say(true, format!("the front door keeps its old keys: {error:#}"));
+        }
         (self.deployment, self.located) = (deployment, located);
     }
 

@@ -108,7 +108,11 @@ impl Shared {
             consort_control::keys::secret().map_err(|e| anyhow!("the system gives no random numbers: {e}"))
         };
         let restarts_ever = store.count(&[("restarts", 0)])?.first().copied().unwrap_or(0);
-        let state = State { keys_required: plan.deployment.keys_required, restarts_ever, ..State::default() };
+        let state = State {
+            keys_required: plan.deployment.keys_required || plan.bound.key.is_some(),
+            restarts_ever,
+            ..State::default()
+        };
         let extra_key = plan.bound.key.as_ref().map(|key| ApiKeyRecord {
             id: "command-line".to_owned(),
             name: "given to consort up".to_owned(),
@@ -145,7 +149,16 @@ impl Shared {
         let mut keys = self.store.keys()?;
         keys.extend(self.extra_key.clone());
         self.state().keys = keys;
-        Ok(())
+        self.arm_door()
+    }
+
+    /// Tells the front door who may ask.
+    pub(crate) fn arm_door(&self) -> Result<()> {
+        let (keys, required) = {
+            let state = self.state();
+            (state.keys.clone(), state.keys_required)
+        };
+        Ok(self.door.set_keys(&keys, required)?)
     }
 
     pub(crate) fn set_keeper(&self, keeper: Keeper) {
@@ -178,7 +191,7 @@ impl Shared {
 
     /// The fleet as the front door sees it.
     pub(crate) fn snapshot(&self) -> FleetSnapshot {
-        FleetSnapshot::default()
+        self.door.snapshot()
     }
 
     pub(crate) fn status(&self) -> FleetStatus {

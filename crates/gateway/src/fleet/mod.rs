@@ -3,20 +3,25 @@
 //! A request takes one look at the fleet (a reference count) and keeps it; a replacement is a new value beside it.
 //! What is known of a replica, a version or a model outlives replacements as long as its name does.
 
+mod pending;
 mod probe;
 mod replica;
 
 use std::collections::HashMap;
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::time::Instant;
 
-use consort_api::{Fleet, Numerics};
+use consort_api::{Fleet, ModelSnapshot, Numerics, VersionSnapshot};
 use tokio::sync::Notify;
 
+use crate::policy::affinity::Affinity;
 use crate::proxy::upstream::{AddressError, Upstream};
 use crate::settings::ReplicaSettings;
+use crate::telemetry::VersionStats;
 
+pub(crate) use pending::{Pending, Place, Running};
 pub(crate) use probe::watch;
-pub(crate) use replica::{Replica, Ticket};
+pub(crate) use replica::{Replica, Ticket, Went};
 
 /// Why a fleet can't be stood before.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -49,6 +54,7 @@ pub(crate) struct Model {
     /// The name as JSON.
     pub(crate) literal: String,
     pub(crate) versions: Vec<Version>,
+    pub(crate) pending: Arc<Pending>,
 }
 
 /// One version of a model.
@@ -57,6 +63,8 @@ pub(crate) struct Version {
     pub(crate) weight: u32,
     pub(crate) numerics: Numerics,
     pub(crate) replicas: Vec<Arc<Replica>>,
+    pub(crate) stats: Arc<VersionStats>,
+    pub(crate) affinity: Arc<Mutex<Affinity>>,
 }
 
 /// The fleet at one time.
@@ -71,9 +79,39 @@ pub(crate) struct Models {
 pub(crate) struct Registry {
     models: RwLock<Arc<Models>>,
     /// A replica may take a request now that couldn't before.
-    pub(crate) room: Notify,
+    pub(crate) room: Arc<Notify>,
     /// The fleet was replaced.
     pub(crate) replaced: Notify,
+}
+
+impl Model {
+    /// What the owner of the gateway sees of it.
+    pub(crate) fn snapshot(&self, now: Instant) -> ModelSnapshot {
+        let (queued, queued_tokens, oldest) = self.pending.waiting();
+        let since =
+            |at: Instant| u64::try_from(now.saturating_duration_since(at).as_millis()).unwrap_or(u64::MAX);
+        let version = |version: &Version| {
+            let (first_token, inter_token) = version.stats.wire(now);
+            VersionSnapshot {
+                name: version.name.clone(),
+                weight: version.weight,
+                requests: version.stats.requests.load(std::sync::atomic::Ordering::Relaxed),
+                errors: version.stats.errors.load(std::sync::atomic::Ordering::Relaxed),
+                first_token,
+                inter_token,
+                replicas: version.replicas.iter().map(|replica| replica.snapshot(now)).collect(),
+            }
+        };
+        ModelSnapshot {
+            name: self.name.clone(),
+            queued: queued as u64,
+            queued_tokens,
+            oldest_wait_ms: oldest.map_or(0, since),
+            running: self.pending.running.load(std::sync::atomic::Ordering::Relaxed),
+            idle_ms: self.pending.last().map(since),
+            versions: self.versions.iter().map(version).collect(),
+        }
+    }
 }
 
 impl Models {
@@ -121,18 +159,24 @@ impl Registry {
                         Some(known) => Arc::clone(known),
                         None => {
                             let upstream = Upstream::new(&replica.url, replica.key.as_deref())?;
-                            Arc::new(Replica::new(replica, upstream, settings))
+                            Arc::new(Replica::new(replica, upstream, settings, self.room.clone()))
                         }
                     });
                 }
+                let known =
+                    before.get(&model.name).and_then(|m| m.versions.iter().find(|v| v.name == version.name));
                 versions.push(Version {
+                    stats: known.map_or_else(|| Arc::new(VersionStats::new()), |known| known.stats.clone()),
+                    affinity: known.map_or_else(Arc::default, |known| known.affinity.clone()),
                     name: version.name.clone(),
                     weight: version.weight,
                     numerics: version.numerics,
                     replicas,
                 });
             }
+            let known = before.get(&model.name).filter(|known| known.name == model.name);
             let entry = Arc::new(Model {
+                pending: known.map_or_else(|| Arc::new(Pending::new()), |known| known.pending.clone()),
                 name: model.name.clone(),
                 literal: crate::proxy::chunk::literal(&model.name),
                 versions,

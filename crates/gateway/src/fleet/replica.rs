@@ -4,17 +4,24 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use consort_api::{FleetReplica, ReadyReport};
+use consort_api::{FleetReplica, ReadyReport, ReplicaSnapshot, ReplicaState};
 use tokio::sync::{Notify, watch};
 
+use crate::policy::affinity::Home;
+use crate::policy::breaker::Breaker;
 use crate::policy::liveness::{Change, Life, Liveness, Probe};
+use crate::policy::outlier::Outlier;
+use crate::proxy::random;
 use crate::proxy::upstream::Upstream;
 use crate::settings::ReplicaSettings;
+use crate::stats::{Latencies, Rate};
 
 /// One replica.
 pub(crate) struct Replica {
     pub(crate) id: String,
     pub(crate) url: String,
+    /// Its id's hash.
+    pub(crate) home: u64,
     key: Option<String>,
     slow_start_ms: u64,
     pub(crate) upstream: Upstream,
@@ -29,6 +36,8 @@ pub(crate) struct Replica {
     lost: watch::Sender<u64>,
     /// Somebody wants to know whether it lives.
     pub(crate) suspected: Notify,
+    /// Told when a request has left it.
+    room: Arc<Notify>,
 }
 
 /// What is known of it, under one lock.
@@ -37,11 +46,54 @@ pub(crate) struct Core {
     pub(crate) report: Option<(ReadyReport, Instant)>,
     /// The longest sequence it takes, once it said so.
     pub(crate) max_model_len: Option<usize>,
+    outlier: Outlier,
+    breaker: Breaker,
+    /// It said 429: others first, until then.
+    degraded: Option<Instant>,
+    tokens: Rate,
+    first_token: Latencies,
+    inter_token: Latencies,
+    requests: u64,
+    errors: u64,
+    lost: u64,
+    ejections: u64,
+}
+
+/// How a request went there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Went {
+    /// Well, or wrong by the client's fault.
+    Well,
+    /// It answered badly, or broke off.
+    Badly {
+        /// It had begun an answer, which goes on elsewhere.
+        lost: bool,
+    },
+    /// It couldn't be talked to.
+    Unreachable,
+    /// It is full; others first for this long.
+    Full(Duration),
+    /// Nothing can be said: the client left, or the replica is going.
+    Unknown,
+}
+
+/// What may be sent to a replica now.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct Fitness {
+    /// 0 where nothing.
+    pub(crate) share: f64,
+    /// Only where no other can take it.
+    pub(crate) degraded: bool,
 }
 
 impl Replica {
-    pub(crate) fn new(replica: &FleetReplica, upstream: Upstream, settings: &ReplicaSettings) -> Replica {
-        let slow_start = Duration::from_millis(replica.slow_start_ms);
+    pub(crate) fn new(
+        replica: &FleetReplica,
+        upstream: Upstream,
+        settings: &ReplicaSettings,
+        room: Arc<Notify>,
+    ) -> Replica {
+        let (now, slow_start) = (Instant::now(), Duration::from_millis(replica.slow_start_ms));
         Replica {
             id: replica.id.clone(),
             url: replica.url.clone(),
@@ -52,14 +104,26 @@ impl Replica {
                 liveness: Liveness::new(slow_start, settings.stalled_after),
                 report: None,
                 max_model_len: None,
+                outlier: Outlier::new(now, settings.outlier),
+                breaker: Breaker::new(settings.breaker),
+                degraded: None,
+                tokens: Rate::new(now),
+                first_token: Latencies::new(now),
+                inter_token: Latencies::new(now),
+                requests: 0,
+                errors: 0,
+                lost: 0,
+                ejections: 0,
             }),
             draining: AtomicBool::new(replica.draining),
             outstanding_requests: AtomicU64::new(0),
             outstanding_tokens: AtomicU64::new(0),
-            origin: Instant::now(),
+            origin: now,
+            home: Home::hash(&replica.id),
             alive_ms: AtomicU64::new(0),
             lost: watch::channel(0).0,
             suspected: Notify::new(),
+            room,
         }
     }
 
@@ -83,9 +147,105 @@ impl Replica {
         Some(report.clone()).filter(|class| !class.is_empty())
     }
 
-    /// Its share of requests; 0 where it takes none.
-    pub(crate) fn share(&self, now: Instant) -> f64 {
-        if self.draining.load(Ordering::Relaxed) { 0.0 } else { self.core().liveness.share(now) }
+    /// What may be sent to it now.
+    pub(crate) fn fitness(&self, now: Instant) -> Fitness {
+        let core = self.core();
+        let out = self.draining.load(Ordering::Relaxed)
+            || core.outlier.ejected(now).is_some()
+            || !core.breaker.passes(now);
+        let share = if out { 0.0 } else { core.liveness.share(now) };
+        Fitness { share, degraded: core.degraded.is_some_and(|until| now < until) }
+    }
+
+    /// Whether it takes requests, full or not.
+    pub(crate) fn is_up(&self, now: Instant) -> bool {
+        self.fitness(now).share > 0.0
+    }
+
+    /// Takes note of how a request went; true where that takes the replica out. `others`: there is another one.
+    pub(crate) fn went(&self, now: Instant, went: Went, others: bool) -> bool {
+        let mut core = self.core();
+        let mut ejected = None;
+        match went {
+            Went::Well => {
+                core.breaker.success();
+                core.outlier.record(now, true, others);
+            }
+            Went::Badly { lost } => {
+                core.errors += 1;
+                core.lost += u64::from(lost);
+                core.breaker.success();
+                ejected = core.outlier.record(now, false, others);
+            }
+            Went::Unreachable => {
+                core.errors += 1;
+                if core.breaker.failure(now, random()) {
+                    tracing::warn!(replica = self.id, "breaker opened");
+                }
+            }
+            Went::Full(pause) => {
+                core.breaker.success();
+                core.degraded = Some(now + pause);
+            }
+            Went::Unknown => core.breaker.unknown(now),
+        }
+        if let Some(length) = ejected {
+            core.ejections += 1;
+            tracing::warn!(replica = self.id, seconds = length.as_secs_f64(), "replica is ejected");
+        }
+        ejected.is_some()
+    }
+
+    /// Tokens came from it, so long after what came before (or after the request, for the first).
+    pub(crate) fn gave(&self, now: Instant, tokens: u64, first: bool, latency: Duration) {
+        let mut core = self.core();
+        core.tokens.add(now, tokens);
+        if first { core.first_token.add(now, latency) } else { core.inter_token.add(now, latency) }
+    }
+
+    /// What the owner of the gateway sees of it.
+    pub(crate) fn snapshot(&self, now: Instant) -> ReplicaSnapshot {
+        let mut core = self.core();
+        let ejected = core.outlier.ejected(now);
+        let (state, reason) = match &core.liveness.life {
+            _ if self.draining.load(Ordering::Relaxed) => (ReplicaState::Draining, None),
+            Life::Starting => (ReplicaState::Starting, Some("it has not been ready yet".to_owned())),
+            Life::Draining => (ReplicaState::Draining, Some("it is shutting down".to_owned())),
+            Life::Down(reason) => (ReplicaState::Down, Some(reason.clone())),
+            Life::Ready if ejected.is_some() => {
+                (ReplicaState::Ejected, Some("it failed too often".to_owned()))
+            }
+            Life::Ready if core.degraded.is_some_and(|until| now < until) => {
+                (ReplicaState::Degraded, Some("its queue is full".to_owned()))
+            }
+            Life::Ready => (ReplicaState::Ready, None),
+        };
+        let milliseconds = |duration: Duration| u64::try_from(duration.as_millis()).unwrap_or(u64::MAX);
+        let class = core.report.as_ref().map(|(report, _)| report.system_fingerprint.clone());
+        ReplicaSnapshot {
+            id: self.id.clone(),
+            url: self.url.clone(),
+            state,
+            reason,
+            breaker: core.breaker.state(),
+            fingerprint: class.filter(|class| !class.is_empty()),
+            outstanding_requests: self.outstanding_requests(),
+            outstanding_tokens: self.outstanding_tokens(),
+            tokens_per_second: core.tokens.per_second(now),
+            first_token: core.first_token.wire(now),
+            inter_token: core.inter_token.wire(now),
+            requests: core.requests,
+            errors: core.errors,
+            lost: core.lost,
+            ejections: core.ejections,
+            ejected_for_ms: ejected.map(milliseconds),
+            share: core.liveness.share(now),
+            report: core.report.as_ref().map(|(report, _)| report.clone()),
+            report_age_ms: core
+                .report
+                .as_ref()
+                .map(|(_, at)| milliseconds(now.saturating_duration_since(*at))),
+        }
     }
 
     pub(crate) fn outstanding_requests(&self) -> u64 {
@@ -115,7 +275,14 @@ impl Replica {
             if let Probe::Report(report) = probe {
                 core.report = Some((report.clone(), now));
             }
-            core.liveness.step(now, probe, urgent)
+            let change = core.liveness.step(now, probe, urgent);
+            if change == Change::Up {
+                // It may be another process than before.
+                core.breaker.success();
+                core.outlier.forget();
+                core.degraded = None;
+            }
+            change
         };
         if matches!(probe, Probe::Report(_) | Probe::NotReady { .. }) {
             self.seen_alive();
@@ -142,9 +309,14 @@ impl Replica {
 
     /// Notes a request of about `tokens` as sent there, until the ticket is dropped.
     pub(crate) fn ticket(self: &Arc<Replica>, tokens: u64) -> Ticket {
+        {
+            let mut core = self.core();
+            core.requests += 1;
+            core.breaker.sent(Instant::now());
+        }
         self.outstanding_requests.fetch_add(1, Ordering::Relaxed);
         self.outstanding_tokens.fetch_add(tokens, Ordering::Relaxed);
-        Ticket { replica: Arc::clone(self), tokens }
+        Ticket { replica: Arc::clone(self), tokens, settled: false }
     }
 }
 
@@ -153,6 +325,8 @@ pub(crate) struct Ticket {
     pub(crate) replica: Arc<Replica>,
     /// Estimated to be computed yet.
     tokens: u64,
+    /// How it went is known, and noted by whoever knows it.
+    pub(crate) settled: bool,
 }
 
 impl Ticket {
@@ -168,5 +342,9 @@ impl Drop for Ticket {
     fn drop(&mut self) {
         self.replica.outstanding_requests.fetch_sub(1, Ordering::Relaxed);
         self.replica.outstanding_tokens.fetch_sub(self.tokens, Ordering::Relaxed);
+        if !self.settled {
+            self.replica.core().breaker.unknown(Instant::now());
+        }
+        self.replica.room.notify_waiters();
     }
 }

@@ -1,6 +1,7 @@
 //! The two endpoints that give answers.
 
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use hyper::body::Incoming;
 use hyper::header::{
@@ -9,13 +10,15 @@ use hyper::header::{
 use hyper::{Request, Response, StatusCode};
 
 use super::body::Body;
-use super::front::{Context, Front, REQUEST_ID, json};
+use super::front::{Context, Front, REQUEST_ID, Recorded, json};
 use super::read;
 use crate::error::{Outcome, Refusal};
 use crate::fleet::Model;
+use crate::keys::Key;
 use crate::policy::canary;
 use crate::proxy::call::{Call, Shape};
 use crate::proxy::{self, Opening, Refused, Session};
+use crate::trace::TRACEPARENT;
 
 const SEED: HeaderName = HeaderName::from_static("x-seed");
 
@@ -24,31 +27,74 @@ impl Front {
         &self,
         request: Request<Incoming>,
         shape: Shape,
-        context: Context,
+        mut context: Context,
+    ) -> Recorded {
+        context.record.count();
+        match self.answered(request, shape, &mut context).await {
+            Ok(response) => {
+                let mut record = context.record;
+                record.status = response.status().as_u16();
+                Ok(response.map(|body| body.recorded(record)))
+            }
+            Err(refusal) => Err((refusal, context.record)),
+        }
+    }
+
+    async fn answered(
+        &self,
+        request: Request<Incoming>,
+        shape: Shape,
+        context: &mut Context,
     ) -> Outcome<Response<Body>> {
+        if self.gateway.draining() {
+            let message = "this gateway is shutting down";
+            return Err(Refusal::new(StatusCode::SERVICE_UNAVAILABLE, "draining", message)
+                .retry_after(Duration::from_secs(1)));
+        }
         let (parts, body) = request.into_parts();
         let body = read::read(&parts.headers, body, &self.gateway.settings.clients, &self.in_flight).await?;
         let call = Arc::new(Call::read(shape, body)?);
-        let model = self.model(call.model.as_deref())?;
-        let client = canary::mix(0, &context.peer.ip().to_string());
+        let key = context.record.key.clone();
+        let model = self.model(call.model.as_deref(), key.as_deref())?;
+        let (name, weight) = key.as_ref().map_or(("", 1), |key| (key.id.as_str(), key.limits.weight));
+        // Who has no key is known by its address.
+        let client = if name.is_empty() { context.peer.ip().to_string() } else { name.to_owned() };
         let shares = model.versions.iter().map(|version| (version.name.as_str(), version.weight));
-        let version = canary::choose(client, shares).ok_or_else(|| {
+        let version = canary::choose(canary::mix(0, &client), shares).ok_or_else(|| {
             Refusal::unavailable(format!("no version of {:?} has a weight above 0", model.name))
         })?;
+        if let Some(key) = &key {
+            let estimate = call.prompt_tokens() + call.answer_tokens();
+            key.take(Instant::now(), estimate)?;
+            context.record.charged = Some(estimate);
+        }
         let mut headers = HeaderMap::new();
-        headers.insert(REQUEST_ID, context.request_id);
-        let mut session = Session::new(self.gateway.clone(), call, model, version, headers, context.deadline);
-        match session.open().await? {
-            Opening::Refused(refused) => Ok(passed_on(*refused)),
+        headers.insert(REQUEST_ID, context.record.request_id.clone());
+        headers.insert(TRACEPARENT, context.trace.header());
+        let mut session = Session::new(
+            self.gateway.clone(),
+            proxy::Request {
+                call,
+                model,
+                version,
+                headers,
+                deadline: context.deadline,
+                key: (client, weight),
+                tally: context.record.tally.clone(),
+            },
+        );
+        let mut response = match session.open().await? {
+            Opening::Refused(refused) => passed_on(*refused),
             Opening::Whole(foreign) => {
                 let (head, body) = foreign.response.into_parts();
                 let mut response = Response::new(Body::upstream(body, foreign.ticket, foreign.connection));
                 copy(&head.headers, response.headers_mut(), &[CONTENT_TYPE, CONTENT_LENGTH, SEED]);
-                Ok(response)
+                response
             }
             Opening::Stream => {
                 let seed = session.seed.clone();
                 let mut response = if session.call.stream {
+                    context.record.streaming();
                     let mut response = Response::new(Body::events(proxy::stream(session)));
                     let headers = response.headers_mut();
                     headers
@@ -64,29 +110,39 @@ impl Front {
                 if let Some(seed) = seed {
                     response.headers_mut().insert(SEED, seed);
                 }
-                Ok(response)
+                response
             }
+        };
+        if let Some(key) = key {
+            key.headers(Instant::now(), response.headers_mut());
         }
+        Ok(response)
     }
 
     /// The model that a request means.
-    pub(crate) fn model(&self, name: Option<&str>) -> Outcome<Arc<Model>> {
+    pub(crate) fn model(&self, name: Option<&str>, key: Option<&Key>) -> Outcome<Arc<Model>> {
         let models = self.gateway.registry.models();
+        let allowed: Vec<&Arc<Model>> =
+            models.list.iter().filter(|model| key.is_none_or(|key| key.allows(&model.name))).collect();
         let names = || {
-            let names: Vec<&str> = models.list.iter().map(|model| model.name.as_str()).take(20).collect();
+            let names: Vec<&str> = allowed.iter().map(|model| model.name.as_str()).take(20).collect();
             names.join(", ")
         };
         match name {
-            Some(name) => models.get(name).cloned().ok_or_else(|| {
-                let name: String = name.chars().take(128).collect();
-                let message = format!("the model {name:?} is not served here; there is: {}", names());
-                Refusal {
-                    param: Some("model".to_owned()),
-                    ..Refusal::new(StatusCode::NOT_FOUND, "model_not_found", message)
-                }
-            }),
-            None => match models.list.as_slice() {
-                [only] => Ok(only.clone()),
+            Some(name) => models
+                .get(name)
+                .filter(|model| allowed.iter().any(|m| Arc::ptr_eq(m, model)))
+                .cloned()
+                .ok_or_else(|| {
+                    let name: String = name.chars().take(128).collect();
+                    let message = format!("the model {name:?} is not served here; there is: {}", names());
+                    Refusal {
+                        param: Some("model".to_owned()),
+                        ..Refusal::new(StatusCode::NOT_FOUND, "model_not_found", message)
+                    }
+                }),
+            None => match allowed.as_slice() {
+                [only] => Ok(Arc::clone(only)),
                 [] => Err(Refusal::unavailable("no model is served here yet")),
                 _ => Err(Refusal::param("model", format!("model is missing; there is: {}", names()))),
             },

@@ -11,12 +11,18 @@ use hyper::body::Incoming;
 
 use crate::fleet::Ticket;
 use crate::proxy::upstream::Connection;
+use crate::telemetry::Record;
 
 /// Bytes of one write, where events are ready together.
 const WRITE_BYTES: usize = 16 << 10;
 
 /// A response's body.
-pub struct Body(Kind);
+pub struct Body {
+    kind: Kind,
+    /// The request's, until the body is gone.
+    #[expect(dead_code, reason = "held to be dropped")]
+    record: Option<Box<Record>>,
+}
 
 enum Kind {
     Full(Bytes),
@@ -45,21 +51,30 @@ impl Body {
 
     /// Bytes that come as they come.
     pub fn stream(body: impl http_body::Body<Data = Bytes, Error = Infallible> + Send + 'static) -> Body {
-        Body(Kind::Boxed(UnsyncBoxBody::new(body)))
+        Body::of(Kind::Boxed(UnsyncBoxBody::new(body)))
+    }
+
+    fn of(kind: Kind) -> Body {
+        Body { kind, record: None }
+    }
+
+    /// The request is over when the body is.
+    pub(crate) fn recorded(self, record: Box<Record>) -> Body {
+        Body { record: Some(record), ..self }
     }
 
     pub(crate) fn events(receiver: tokio::sync::mpsc::Receiver<Bytes>) -> Body {
-        Body(Kind::Events(receiver))
+        Body::of(Kind::Events(receiver))
     }
 
     pub(crate) fn upstream(body: Incoming, ticket: Ticket, connection: Connection) -> Body {
-        Body(Kind::Upstream(Box::new(Upstream { body, ticket, connection: Some(connection) })))
+        Body::of(Kind::Upstream(Box::new(Upstream { body, ticket, connection: Some(connection) })))
     }
 }
 
 impl From<Bytes> for Body {
     fn from(bytes: Bytes) -> Body {
-        Body(Kind::Full(bytes))
+        Body::of(Kind::Full(bytes))
     }
 }
 
@@ -77,7 +92,7 @@ impl http_body::Body for Body {
         self: Pin<&mut Self>,
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
-        match &mut self.get_mut().0 {
+        match &mut self.get_mut().kind {
             Kind::Full(bytes) if bytes.is_empty() => Poll::Ready(None),
             Kind::Full(bytes) => Poll::Ready(Some(Ok(Frame::data(std::mem::take(bytes))))),
             Kind::Events(receiver) => poll_events(receiver, cx),
@@ -94,7 +109,7 @@ impl http_body::Body for Body {
     }
 
     fn is_end_stream(&self) -> bool {
-        match &self.0 {
+        match &self.kind {
             Kind::Full(bytes) => bytes.is_empty(),
             Kind::Events(_) => false,
             Kind::Upstream(upstream) => upstream.body.is_end_stream(),
@@ -103,7 +118,7 @@ impl http_body::Body for Body {
     }
 
     fn size_hint(&self) -> SizeHint {
-        match &self.0 {
+        match &self.kind {
             Kind::Full(bytes) => SizeHint::with_exact(bytes.len() as u64),
             Kind::Events(_) => SizeHint::default(),
             Kind::Upstream(upstream) => upstream.body.size_hint(),

@@ -7,16 +7,26 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use hyper::body::Incoming;
-use hyper::header::{ALLOW, CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue, RETRY_AFTER, WWW_AUTHENTICATE};
+use hyper::header::{
+    ACCESS_CONTROL_ALLOW_HEADERS, ACCESS_CONTROL_ALLOW_METHODS, ACCESS_CONTROL_ALLOW_ORIGIN,
+    ACCESS_CONTROL_EXPOSE_HEADERS, ACCESS_CONTROL_MAX_AGE, ALLOW, CONTENT_TYPE, HeaderMap, HeaderName,
+    HeaderValue, RETRY_AFTER, VARY, WWW_AUTHENTICATE,
+};
 use hyper::{Method, Request, Response, StatusCode};
 
 use super::body::Body;
+use super::guard;
 use crate::Gateway;
 use crate::error::{Outcome, Refusal};
 use crate::proxy::call::Shape;
+use crate::telemetry::Record;
+use crate::trace::Trace;
 
 pub(crate) const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 const TIMEOUT: HeaderName = HeaderName::from_static("x-request-timeout-ms");
+
+/// A response, or why there is none and whose.
+pub(crate) type Recorded = Result<Response<Body>, (Refusal, Box<Record>)>;
 
 /// What all requests of one listener share.
 pub(crate) struct Front {
@@ -27,11 +37,33 @@ pub(crate) struct Front {
 
 /// One request's own.
 pub(crate) struct Context {
-    pub(crate) request_id: HeaderValue,
+    pub(crate) record: Box<Record>,
+    pub(crate) trace: Trace,
     /// Who asks.
     pub(crate) peer: SocketAddr,
     pub(crate) deadline: Instant,
 }
+
+/// How much a path gives away.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Access {
+    /// Health: always.
+    Open,
+    /// Metrics: open to this machine.
+    Metrics,
+    /// The API: needs a key where keys are required.
+    Key,
+}
+
+/// Path, method, who may ask.
+const ROUTES: [(&str, Method, Access); 6] = [
+    ("/v1/chat/completions", Method::POST, Access::Key),
+    ("/v1/completions", Method::POST, Access::Key),
+    ("/v1/models", Method::GET, Access::Key),
+    ("/health", Method::GET, Access::Open),
+    ("/ready", Method::GET, Access::Open),
+    ("/metrics", Method::GET, Access::Metrics),
+];
 
 impl Front {
     pub(crate) fn new(gateway: Arc<Gateway>) -> Front {
@@ -44,45 +76,105 @@ impl Front {
         request: Request<Incoming>,
         peer: SocketAddr,
     ) -> Response<Body> {
-        let request_id = request_id(request.headers());
-        let outcome = match Context::new(request.headers(), request_id.clone(), peer, &self.gateway) {
-            Ok(context) => self.route(request, context).await,
-            Err(refusal) => Err(refusal),
+        let headers = request.headers();
+        let settings = &self.gateway.settings.clients;
+        let request_id = request_id(headers);
+        let origin =
+            guard::cors_origin(headers, settings).and_then(|origin| HeaderValue::from_str(origin).ok());
+        let trace = Trace::of(headers, crate::proxy::random);
+        let record = Box::new(Record::new(&self.gateway.telemetry, request_id.clone(), trace.id()));
+        let outcome = match deadline(headers, settings.request_timeout) {
+            Ok(_) if origin.is_some() && request.method() == Method::OPTIONS => Ok(preflight()),
+            Ok(deadline) => self.route(request, Context { record, trace, peer, deadline }).await,
+            Err(refusal) => Err((refusal, record)),
         };
-        let mut response = outcome.unwrap_or_else(|refusal| refused(&refusal));
-        response.headers_mut().insert(REQUEST_ID, request_id);
+        let mut response = outcome.unwrap_or_else(|(refusal, mut record)| {
+            record.status = refusal.status.as_u16();
+            let mut response = refused(&refusal);
+            if let Some(key) = &record.key {
+                key.headers(Instant::now(), response.headers_mut());
+            }
+            response
+        });
+        let headers = response.headers_mut();
+        headers.insert(REQUEST_ID, request_id);
+        if let Some(origin) = origin {
+            headers.insert(ACCESS_CONTROL_ALLOW_ORIGIN, origin);
+            headers.insert(
+                ACCESS_CONTROL_EXPOSE_HEADERS,
+                HeaderValue::from_static("x-request-id, x-seed, retry-after"),
+            );
+            headers.insert(VARY, HeaderValue::from_static("origin"));
+        }
         response
     }
 
-    async fn route(
-        self: &Arc<Front>,
-        request: Request<Incoming>,
-        context: Context,
-    ) -> Outcome<Response<Body>> {
+    async fn route(self: &Arc<Front>, request: Request<Incoming>, mut context: Context) -> Recorded {
+        let path = request.uri().path();
+        let Some((route, method, access)) = ROUTES.iter().find(|(route, ..)| *route == path) else {
+            return self.other(request, context).await;
+        };
+        context.record.route(route);
+        if request.method() != method {
+            context.record.status = 405;
+            return Ok(wrong_method(request.method(), route, method));
+        }
+        let headers = request.headers();
+        let allowed = match access {
+            Access::Open => Ok(None),
+            Access::Metrics if guard::is_loopback(context.peer.ip()) => Ok(None),
+            Access::Metrics | Access::Key => self.gateway.keys.check(headers),
+        };
+        match allowed {
+            // Without a key, a browser may be driven by anybody's page.
+            Ok(None) if *access != Access::Open && !self.gateway.keys.required() => {
+                if let Err(refusal) = guard::check(headers, &self.gateway.settings.clients) {
+                    return Err((refusal, context.record));
+                }
+            }
+            Ok(key) => context.record.key = key,
+            Err(refusal) => return Err((refusal, context.record)),
+        }
+        let outcome = match *route {
+            "/v1/chat/completions" => return self.answers(request, Shape::Chat, context).await,
+            "/v1/completions" => return self.answers(request, Shape::Completion, context).await,
+            "/health" => Ok(json(StatusCode::OK, Bytes::from_static(b"{\"status\":\"ok\"}"))),
+            "/ready" => self.ready(),
+            "/metrics" => Ok(self.metrics()),
+            _ => Ok(self.models()),
+        };
+        match outcome {
+            Ok(response) => {
+                context.record.status = response.status().as_u16();
+                Ok(response)
+            }
+            Err(refusal) => Err((refusal, context.record)),
+        }
+    }
+
+    /// A path that isn't the gateway's own: its owner's, or nobody's.
+    async fn other(&self, request: Request<Incoming>, mut context: Context) -> Recorded {
         if let Some(extra) = self.gateway.extra.get()
             && extra.knows(request.method(), request.uri().path())
         {
-            return Ok(extra.answer(request, context.peer).await);
+            let response = extra.answer(request, context.peer).await;
+            context.record.status = response.status().as_u16();
+            return Ok(response.map(|body| body.recorded(context.record)));
         }
-        let wanted = match request.uri().path() {
-            "/v1/chat/completions" | "/v1/completions" => Method::POST,
-            "/health" | "/ready" | "/v1/models" => Method::GET,
-            path => {
-                let path: String = path.chars().take(128).collect();
-                let message = format!("there is no {} {path} here", request.method());
-                return Err(Refusal::new(StatusCode::NOT_FOUND, "not_found", message));
-            }
-        };
-        if *request.method() != wanted {
-            return Ok(wrong_method(request.method(), request.uri().path(), &wanted));
+        // What exists is nobody's business who may not use it.
+        if let Err(refusal) = self.gateway.keys.check(request.headers()) {
+            return Err((refusal, context.record));
         }
-        match request.uri().path() {
-            "/v1/chat/completions" => self.answers(request, Shape::Chat, context).await,
-            "/v1/completions" => self.answers(request, Shape::Completion, context).await,
-            "/health" => Ok(json(StatusCode::OK, Bytes::from_static(b"{\"status\":\"ok\"}"))),
-            "/ready" => self.ready(),
-            _ => Ok(self.models()),
-        }
+        let path: String = request.uri().path().chars().take(128).collect();
+        let message = format!("there is no {} {path} here", request.method());
+        Err((Refusal::new(StatusCode::NOT_FOUND, "not_found", message), context.record))
+    }
+
+    fn metrics(&self) -> Response<Body> {
+        let mut response = Response::new(Body::from(self.gateway.telemetry.text(&self.gateway.snapshot())));
+        let kind = HeaderValue::from_static("application/openmetrics-text; version=1.0.0; charset=utf-8");
+        response.headers_mut().insert(CONTENT_TYPE, kind);
+        response
     }
 
     fn ready(&self) -> Outcome<Response<Body>> {
@@ -92,7 +184,7 @@ impl Front {
                 .retry_after(Duration::from_secs(1)));
         }
         let (models, now) = (self.gateway.registry.models(), Instant::now());
-        if models.replicas().any(|replica| replica.share(now) > 0.0) {
+        if models.replicas().any(|replica| replica.is_up(now)) {
             Ok(json(StatusCode::OK, Bytes::from_static(b"{\"status\":\"ready\"}")))
         } else {
             Err(Refusal::unavailable("no replica is ready"))
@@ -119,29 +211,37 @@ impl Front {
     }
 }
 
-impl Context {
-    fn new(
-        headers: &HeaderMap,
-        request_id: HeaderValue,
-        peer: SocketAddr,
-        gateway: &Gateway,
-    ) -> Outcome<Context> {
-        let longest = gateway.settings.clients.request_timeout;
-        let timeout = match headers.get(&TIMEOUT) {
-            None => longest,
-            Some(value) => {
-                let ms = value.to_str().ok().and_then(|text| text.trim().parse::<u64>().ok());
-                let ms = ms.filter(|ms| *ms > 0).ok_or_else(|| {
-                    Refusal::param(
-                        "X-Request-Timeout-Ms",
-                        "X-Request-Timeout-Ms must be a whole number of milliseconds above 0",
-                    )
-                })?;
-                Duration::from_millis(ms).min(longest)
-            }
-        };
-        Ok(Context { request_id, peer, deadline: Instant::now() + timeout })
-    }
+/// When a request's time is up.
+fn deadline(headers: &HeaderMap, longest: Duration) -> Outcome<Instant> {
+    let timeout = match headers.get(&TIMEOUT) {
+        None => longest,
+        Some(value) => {
+            let ms = value.to_str().ok().and_then(|text| text.trim().parse::<u64>().ok());
+            let ms = ms.filter(|ms| *ms > 0).ok_or_else(|| {
+                Refusal::param(
+                    "X-Request-Timeout-Ms",
+                    "X-Request-Timeout-Ms must be a whole number of milliseconds above 0",
+                )
+            })?;
+            Duration::from_millis(ms).min(longest)
+        }
+    };
+    Ok(Instant::now() + timeout)
+}
+
+fn preflight() -> Response<Body> {
+    let mut response = Response::new(Body::empty());
+    *response.status_mut() = StatusCode::NO_CONTENT;
+    let headers = response.headers_mut();
+    headers.insert(ACCESS_CONTROL_ALLOW_METHODS, HeaderValue::from_static("GET, POST"));
+    headers.insert(
+        ACCESS_CONTROL_ALLOW_HEADERS,
+        HeaderValue::from_static(
+            "authorization, content-type, idempotency-key, last-event-id, x-request-id, x-request-timeout-ms",
+        ),
+    );
+    headers.insert(ACCESS_CONTROL_MAX_AGE, HeaderValue::from_static("600"));
+    response
 }
 
 /// The client's id for a request where it is a plain one.

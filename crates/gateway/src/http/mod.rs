@@ -4,5 +4,6 @@ pub(crate) mod accept;
 pub(crate) mod answers;
 pub(crate) mod body;
 pub(crate) mod front;
+pub(crate) mod guard;
 pub(crate) mod read;
 mod socket;

@@ -44,6 +44,24 @@ pub(crate) enum Failure {
     Deadline,
 }
 
+impl Failure {
+    /// For metrics.
+    pub(crate) fn name(&self) -> &'static str {
+        match self {
+            Failure::Unreachable(_) => "unreachable",
+            Failure::Broken(_) => "broken",
+            Failure::Garbage => "garbage",
+            Failure::Silent => "silent",
+            Failure::Lost => "lost",
+            Failure::HandedOver => "handed_over",
+            Failure::NotNow(_) => "not_now",
+            Failure::Error(_) => "error",
+            Failure::OtherClass => "other_class",
+            Failure::Deadline => "deadline",
+        }
+    }
+}
+
 /// A response that is no answer.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Refused {
@@ -67,6 +85,13 @@ pub(crate) struct Foreign {
     pub(crate) response: Response<Incoming>,
     pub(crate) ticket: Ticket,
     pub(crate) connection: Connection,
+}
+
+/// A response, before it is anybody's.
+enum Taken {
+    Stream(Response<Incoming>, Connection, watch::Receiver<u64>),
+    Refused(Box<Refused>),
+    Whole(Response<Incoming>, Connection),
 }
 
 /// A stream under way.
@@ -96,7 +121,36 @@ impl Attempt {
         settings: &ReplicaSettings,
         deadline: Instant,
     ) -> Result<Reply, Failure> {
-        let ticket = replica.ticket(question.tokens);
+        let mut ticket = replica.ticket(question.tokens);
+        let reply = Attempt::reply(replica, question, settings, deadline).await;
+        // Whoever called learns how it went, and notes it. A caller that goes away in between never comes here.
+        ticket.settled = !matches!(reply, Ok(Taken::Stream(..) | Taken::Whole(..)));
+        Ok(match reply? {
+            Taken::Refused(refused) => Reply::Refused(refused),
+            Taken::Whole(response, connection) => {
+                Reply::Whole(Box::new(Foreign { response, ticket, connection }))
+            }
+            Taken::Stream(response, connection, lost) => {
+                let (parts, body) = response.into_parts();
+                Reply::Stream(Box::new(Attempt {
+                    ticket,
+                    headers: parts.headers,
+                    body,
+                    connection: Some(connection),
+                    events: Events::default(),
+                    lost,
+                    settings: settings.clone(),
+                }))
+            }
+        })
+    }
+
+    async fn reply(
+        replica: &Arc<Replica>,
+        question: Question,
+        settings: &ReplicaSettings,
+        deadline: Instant,
+    ) -> Result<Taken, Failure> {
         let mut lost = replica.lost();
         lost.mark_unchanged();
         let mut sending = Box::pin(send(replica, &question, settings.connect_timeout));
@@ -104,25 +158,18 @@ impl Attempt {
         drop(sending);
         let (response, connection) = sent.map_err(|error| match error {
             SendError::Connect(error) => Failure::Unreachable(error.to_string()),
-            SendError::Broken { error, .. } => Failure::Broken(error.to_string()),
+            // No response at all: it can't be talked to.
+            SendError::Broken { error, .. } => Failure::Unreachable(error.to_string()),
         })?;
         replica.seen_alive();
         if response.status() == StatusCode::OK {
             let events = response.headers().get(CONTENT_TYPE);
             let streams = events.is_some_and(|kind| kind.as_bytes().starts_with(b"text/event-stream"));
-            if !streams {
-                return Ok(Reply::Whole(Box::new(Foreign { response, ticket, connection })));
-            }
-            let (parts, body) = response.into_parts();
-            return Ok(Reply::Stream(Box::new(Attempt {
-                ticket,
-                headers: parts.headers,
-                body,
-                connection: Some(connection),
-                events: Events::default(),
-                lost,
-                settings: settings.clone(),
-            })));
+            return Ok(if streams {
+                Taken::Stream(response, connection, lost)
+            } else {
+                Taken::Whole(response, connection)
+            });
         }
         let (parts, body) = response.into_parts();
         let reading = Limited::new(body, MAX_REFUSAL).collect();
@@ -138,7 +185,7 @@ impl Attempt {
             504 => Err(Failure::Deadline),
             // A replica asks for a key that the gateway should have had: no client's mistake.
             401 | 403 | 408 | 500.. => Err(Failure::Error(refused)),
-            400..=499 => Ok(Reply::Refused(refused)),
+            400..=499 => Ok(Taken::Refused(refused)),
             _ => Err(Failure::Garbage),
         }
     }

@@ -192,6 +192,11 @@ impl Call {
         out.freeze()
     }
 
+    /// The prompt's JSON.
+    pub(crate) fn prompt_text(&self) -> &[u8] {
+        &self.body[self.prompt.clone()]
+    }
+
     /// Tokens of the prompt, about.
     pub(crate) fn prompt_tokens(&self) -> u64 {
         (self.prompt.len() / BYTES_PER_TOKEN) as u64

@@ -11,7 +11,7 @@ pub(crate) mod upstream;
 mod whole;
 
 pub(crate) use attempt::Refused;
-pub(crate) use session::{Opening, Session};
+pub(crate) use session::{Opening, Request, Session};
 pub(crate) use stream::start as stream;
 pub(crate) use whole::answer as whole;
 

@@ -48,8 +48,14 @@ async fn run(mut session: Session, sender: mpsc::Sender<Bytes>) {
                 Some(event) => (event, false),
                 None => continue,
             },
-            Next::Done => (Bytes::from_static(b"data: [DONE]\n\n"), true),
-            Next::Failed(refusal) => (refusal.event(), true),
+            Next::Done => {
+                session.completed();
+                (Bytes::from_static(b"data: [DONE]\n\n"), true)
+            }
+            Next::Failed(refusal) => {
+                session.failed();
+                (refusal.event(), true)
+            }
         };
         if sender.send(event).await.is_err() || last {
             return;
