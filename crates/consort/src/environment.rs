@@ -76,6 +76,11 @@ pub(crate) fn log_json() -> bool {
     var("CONSORT_LOG_FORMAT").is_some_and(|v| v.eq_ignore_ascii_case("json"))
 }
 
+/// Whether this is a terminal whose lines the editor can redraw; the names are the ones it knows as unable.
+pub(crate) fn line_editing() -> bool {
+    var("TERM").is_none_or(|term| !["dumb", "cons25", "emacs"].contains(&term.as_str()))
+}
+
 /// Whether colour is wanted: <https://no-color.org>.
 pub(crate) fn colour() -> bool {
     std::env::var_os("NO_COLOR").is_none_or(|v| v.is_empty()) && var("TERM").is_none_or(|t| t != "dumb")

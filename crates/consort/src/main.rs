@@ -27,7 +27,7 @@ fn main() -> ExitCode {
         // `consort … | head`: the reader has what it wanted.
         Err(error) if terminal::is_closed_output(&error) => ExitCode::SUCCESS,
         Err(error) => {
-            terminal::note(&format!("error: {error:#}"));
+            terminal::note(&format!("error: {}", terminal::said(&error)));
             ExitCode::from(if error.downcast_ref::<cli::UsageError>().is_some() { 2 } else { 1 })
         }
     }

@@ -27,6 +27,19 @@ pub(crate) fn is_closed_output(error: &anyhow::Error) -> bool {
     error.chain().filter_map(|e| e.downcast_ref::<io::Error>()).any(|e| e.kind() == io::ErrorKind::BrokenPipe)
 }
 
+/// An error and its causes in one line. A cause that the error above it quotes already isn't said twice.
+pub(crate) fn said(error: &anyhow::Error) -> String {
+    let mut said = String::new();
+    for cause in error.chain().map(ToString::to_string) {
+        if said.is_empty() {
+            said = cause;
+        } else if !said.contains(&cause) {
+            said = format!("{said}: {cause}");
+        }
+    }
+    said
+}
+
 /// Escape sequences, or nothing where colour isn't wanted (`NO_COLOR`, no terminal).
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Style {
@@ -48,6 +61,45 @@ impl Style {
 
     fn wrap(self, code: &str, text: &str) -> String {
         if self.on { format!("\u{1b}[{code}m{text}\u{1b}[0m") } else { text.to_string() }
+    }
+}
+
+/// Keeps what is typed while an answer streams (`^C` among it) from being shown in the midst of it. Ctrl-C still
+/// reaches the program as a signal; dropping this shows what is typed again.
+pub(crate) struct Silent {
+    #[cfg(unix)]
+    before: Option<rustix::termios::Termios>,
+}
+
+#[cfg(unix)]
+impl Silent {
+    pub(crate) fn begin() -> Silent {
+        use rustix::termios::{LocalModes, OptionalActions, tcgetattr, tcsetattr};
+        let input = io::stdin();
+        // Whatever fails here costs looks alone.
+        let before = tcgetattr(&input).ok().filter(|before| {
+            let mut modes = before.clone();
+            modes.local_modes.remove(LocalModes::ECHO);
+            tcsetattr(&input, OptionalActions::Now, &modes).is_ok()
+        });
+        Silent { before }
+    }
+}
+
+#[cfg(unix)]
+impl Drop for Silent {
+    fn drop(&mut self) {
+        use rustix::termios::{OptionalActions, tcsetattr};
+        if let Some(before) = &self.before {
+            let _ = tcsetattr(io::stdin(), OptionalActions::Now, before);
+        }
+    }
+}
+
+#[cfg(not(unix))]
+impl Silent {
+    pub(crate) fn begin() -> Silent {
+        Silent {}
     }
 }
 
@@ -90,6 +142,16 @@ mod tests {
     #[test]
     fn a_models_text_cannot_drive_the_terminal() {
         assert_eq!(printable("a\u{1b}[2Jb\tc\nd\u{7}\r"), "a[2Jb\tc\nd");
+    }
+
+    #[test]
+    fn a_cause_is_said_once() {
+        use anyhow::Context as _;
+        let io = || io::Error::other("the disk is on fire");
+        let quoted = anyhow::Error::from(io()).context("can't read x: the disk is on fire; put it out");
+        assert_eq!(said(&quoted), "can't read x: the disk is on fire; put it out");
+        let named = Err::<(), _>(io()).context("can't read x").unwrap_err();
+        assert_eq!(said(&named), "can't read x: the disk is on fire");
     }
 
     #[test]

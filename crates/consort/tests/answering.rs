@@ -1,6 +1,6 @@
 //! The command with a real model: answers, conversations, servers and signals.
 //!
-//! Needs `CONSORT_TEST_SMOLLM2`, the path of SmolLM2-135M-Instruct's Q4_1 file; without it these tests say so and pass.
+//! Needs `CONSORT_TEST_SMOLLM2`, the path of SmolLM2-135M-Instruct's Q4_1 file; without it these tests fail.
 
 #![allow(clippy::unwrap_used, clippy::print_stdout)] // Also in helpers, which the lints don't count as tests.
 #![cfg(unix)]
@@ -201,8 +201,9 @@ fn in_a_conversation_control_c_stops_the_answer_and_not_the_program() {
     terminal.until("the help", |s| s.contains("/reset") && listens_after(s, "Ctrl-C"));
     terminal.press("Write a very long story.\r");
     terminal.until("some of the answer", |s| s.rsplit_once("story.").is_some_and(|(_, a)| a.len() > 80));
-    terminal.press("\u{3}");
-    terminal.until("word of the stop", |s| listens_after(s, "(stopped)"));
+    terminal.press("typed meanwhile\u{3}");
+    let stopped = terminal.until("word of the stop", |s| listens_after(s, "(stopped)"));
+    assert!(!stopped.contains("meanwhile") && !stopped.contains("^C"), "{stopped}");
     terminal.press("/reset\r");
     terminal.until("word of the reset", |s| listens_after(s, "a new conversation"));
     terminal.press("/stats\r");

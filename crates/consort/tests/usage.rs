@@ -25,6 +25,8 @@ fn asked_wrongly_is_exit_code_two() {
         vec!["run", "hf:../x", "hi"],
         vec!["run", garbage, "hi", "--temperature", "nan"],
         vec!["run", garbage, "hi", "--temperature", "-1"],
+        vec!["run", garbage, "hi", "--top-p", "1.5"],
+        vec!["run", garbage, "hi", "--seed", "lucky"],
         vec!["run", garbage, "hi", "--threads", "0"],
         vec!["run", garbage, "hi", "--kernels", "quantum"],
         vec!["run", garbage, "hi", "--max-tokens", "-1"],
@@ -97,6 +99,20 @@ fn models_lists_the_catalog() {
     assert!(out(&consort.run(&["models"])).contains("gemma-3-270m"));
     let output = consort.run(&["models", "--remove", "gemma-3-270m"]);
     assert_eq!(output.status.code(), Some(1), "{}", err(&output));
+}
+
+#[test]
+fn a_cache_that_cannot_be_written_is_named_with_the_cure_once() {
+    let consort = Consort::new();
+    // A file where the folder should be: refused to every user, root too.
+    std::fs::write(consort.home.path().join("models"), b"").unwrap();
+    for arguments in [&["pull", "smollm2-135m-instruct"][..], &["models"]] {
+        let output = consort.run(arguments);
+        assert_eq!(output.status.code(), Some(1), "{}", err(&output));
+        let said = err(&output);
+        assert!(said.contains("models") && said.contains("CONSORT_HOME"), "{said}");
+        assert_eq!(said.matches("os error").count(), 1, "{said}");
+    }
 }
 
 #[test]
@@ -224,7 +240,7 @@ fn bench_serve_measures_any_server_that_streams() {
     let consort = Consort::new();
     let output = consort.run(&["bench", "serve", "--url", "http://127.0.0.1:1"]);
     assert_eq!(output.status.code(), Some(1));
-    assert!(err(&output).contains("--url"), "{}", err(&output));
+    assert!(err(&output).contains("no server answers at http://127.0.0.1:1"), "{}", err(&output));
 
     let url = scripted_server();
     let arguments = [

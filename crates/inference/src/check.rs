@@ -99,7 +99,7 @@ fn check_sampling(sampling: &Sampling, vocab: usize) -> Result<(), SubmitError> 
     };
     let Sampling { temperature, top_p, min_p, .. } = *sampling;
     within("temperature", temperature, temperature >= 0.0, "0 or more")?;
-    within("top_p", top_p, top_p > 0.0 && top_p <= 1.0, "more than 0 and at most 1")?;
+    within("top_p", top_p, (0.0..=1.0).contains(&top_p), "0 to 1")?;
     within("min_p", min_p, (0.0..=1.0).contains(&min_p), "0 to 1")?;
     within("presence_penalty", sampling.presence_penalty, true, "a finite number")?;
     within("frequency_penalty", sampling.frequency_penalty, true, "a finite number")?;

@@ -236,6 +236,9 @@ impl Engine {
     /// costs little.
     pub fn refusal(&self) -> Option<SubmitError> {
         let shared = &self.inner.shared;
+        if shared.stopped.load(Relaxed) {
+            return Some(SubmitError::Stopped);
+        }
         if shared.draining.load(Relaxed) {
             return Some(SubmitError::Draining);
         }

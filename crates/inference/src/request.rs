@@ -9,7 +9,7 @@ pub struct Sampling {
     pub temperature: f32,
     /// Keep the `top_k` likeliest tokens; 0 keeps all.
     pub top_k: u32,
-    /// Keep the smallest set whose probability reaches this; 1 keeps all.
+    /// Keep the smallest set whose probability reaches this; 1 keeps all, 0 the likeliest token alone.
     pub top_p: f32,
     /// Keep tokens at least this fraction as likely as the likeliest; 0 keeps all.
     pub min_p: f32,

@@ -35,6 +35,8 @@ pub(crate) struct Shared {
     /// Tokens of requests that the thread has not looked at yet.
     pub(crate) inbox_tokens: AtomicUsize,
     pub(crate) draining: AtomicBool,
+    /// The thread failed; nothing runs any more.
+    pub(crate) stopped: AtomicBool,
     pub(crate) running: AtomicUsize,
     pub(crate) outstanding: AtomicUsize,
     pub(crate) kv_blocks: AtomicUsize,
@@ -61,6 +63,7 @@ impl Shared {
             queued: AtomicUsize::new(0),
             inbox_tokens: AtomicUsize::new(0),
             draining: AtomicBool::new(false),
+            stopped: AtomicBool::new(false),
             running: AtomicUsize::new(0),
             outstanding: AtomicUsize::new(0),
             kv_blocks: AtomicUsize::new(kv_blocks),

@@ -371,6 +371,8 @@ pub(crate) fn run<R: Runner>(mut core: Core<R>, inbox: Receiver<Command>, clock:
         }
     };
     tracing::error!(reason, "the engine is down");
+    // First, so that whoever hears of the failure also sees its cause lasts.
+    core.shared.stopped.store(true, Relaxed);
     core.fail_all(&reason);
     // Dropping the inbox turns later submits into `Stopped`; what is in it is told by `AnswerSender`'s drop.
 }

@@ -11,7 +11,7 @@ use serde_json::{Map, Value};
 use crate::engine::Replica;
 use crate::error::{ApiError, ApiResult};
 use crate::fields::{Fields, kind};
-use crate::http::body::read_json;
+use crate::http::body::{Parsed, read_json};
 use crate::params::{Common, is_false};
 use crate::plan::{self, Plan, Prompt, Reading};
 use crate::respond::Shape;
@@ -31,19 +31,17 @@ pub(crate) async fn handle(
     request: Request<Body>,
 ) -> ApiResult<Response> {
     let replica = app.replica()?.clone();
-    let value = read_json(request, &app.body_limits).await?;
+    let Parsed { value, bytes, held } = read_json(request, &app.body_limits).await?;
     let chat = ChatCall::read(value, &replica)?;
     plan::check_model(&chat.common.model, &replica)?;
-    let heavy = chat.bytes > plan::HEAVY_BYTES || chat.format.is_some() || chat.tools.forced();
-    plan::answer(&app, &context, replica, heavy, Shape::Chat, move |replica| chat.plan(replica)).await
+    let heavy = bytes > plan::HEAVY_BYTES || chat.format.is_some() || chat.tools.forced();
+    plan::answer(&app, &context, replica, heavy, held, Shape::Chat, move |replica| chat.plan(replica)).await
 }
 
 /// A request, read and checked, before its tokens are known.
 struct ChatCall {
     common: Common,
     messages: Vec<Value>,
-    /// Bytes of all text in it.
-    bytes: usize,
     max_tokens: Option<usize>,
     logprobs: Option<u8>,
     format: Option<Grammar>,
@@ -58,7 +56,6 @@ impl ChatCall {
         let Some(messages) = fields.array("messages")? else {
             return Err(ApiError::param("messages", "messages is missing"));
         };
-        let bytes = plan::text_bytes(&messages);
         let messages = read_messages(messages)?;
         let max_tokens = max_tokens(&mut fields)?;
         let wanted = fields.bool("logprobs")?.unwrap_or(false);
@@ -81,7 +78,7 @@ impl ChatCall {
         }
         refuse_others(&mut fields)?;
         fields.finish()?;
-        Ok(ChatCall { common, messages, bytes, max_tokens, logprobs, format, tools, variables })
+        Ok(ChatCall { common, messages, max_tokens, logprobs, format, tools, variables })
     }
 
     /// Runs the template and puts all together.

@@ -14,7 +14,7 @@ use serde_json::Value;
 use crate::engine::Replica;
 use crate::error::{ApiError, ApiResult};
 use crate::fields::{Fields, kind, token_ids};
-use crate::http::body::read_json;
+use crate::http::body::{Parsed, read_json};
 use crate::params::{Common, below_vocab};
 use crate::plan::{self, Plan, Prompt};
 use crate::respond::Shape;
@@ -31,11 +31,12 @@ pub(crate) async fn handle(
     request: Request<Body>,
 ) -> ApiResult<Response> {
     let replica = app.replica()?.clone();
-    let value = read_json(request, &app.body_limits).await?;
+    let Parsed { value, bytes, held } = read_json(request, &app.body_limits).await?;
     let call = CompletionCall::read(value, &replica)?;
     plan::check_model(&call.common.model, &replica)?;
-    let heavy = call.bytes > plan::HEAVY_BYTES;
-    plan::answer(&app, &context, replica, heavy, Shape::Completion, move |replica| call.plan(replica)).await
+    let heavy = bytes > plan::HEAVY_BYTES;
+    plan::answer(&app, &context, replica, heavy, held, Shape::Completion, move |replica| call.plan(replica))
+        .await
 }
 
 /// A prompt as it was sent.
@@ -47,7 +48,6 @@ enum Source {
 struct CompletionCall {
     common: Common,
     sources: Vec<Source>,
-    bytes: usize,
     max_tokens: usize,
     logprobs: Option<u8>,
     echo: bool,
@@ -59,7 +59,6 @@ impl CompletionCall {
         let vocab = replica.tokenizer.vocab();
         let common = Common::read(&mut fields, vocab)?;
         let prompt = fields.take("prompt").ok_or_else(|| ApiError::param("prompt", "prompt is missing"))?;
-        let bytes = plan::text_bytes(std::slice::from_ref(&prompt));
         let sources = sources(prompt)?;
         for source in &sources {
             if let Source::Ids(ids) = source {
@@ -101,7 +100,7 @@ impl CompletionCall {
         }
         plan::refuse_for_all(&mut fields)?;
         fields.finish()?;
-        Ok(CompletionCall { common, sources, bytes, max_tokens, logprobs, echo })
+        Ok(CompletionCall { common, sources, max_tokens, logprobs, echo })
     }
 
     fn plan(self, replica: &Replica) -> ApiResult<Plan> {

@@ -1,11 +1,13 @@
 //! `/v1/models`, `/health`, `/ready`, `/metrics` and the page.
 
 use axum::body::Body;
+use axum::extract::rejection::PathRejection;
 use axum::extract::{Path, State};
 use axum::http::header::{CONTENT_SECURITY_POLICY, CONTENT_TYPE, X_CONTENT_TYPE_OPTIONS};
 use axum::http::{HeaderValue, StatusCode};
 use axum::response::Response;
 use consort_api::{ModelCard, ModelList, ReadyReport};
+use consort_inference::SubmitError;
 
 use crate::engine::Replica;
 use crate::error::{ApiError, ApiResult};
@@ -28,8 +30,12 @@ pub(crate) async fn list(State(app): State<App>) -> ApiResult<Response> {
     Ok(json(&ModelList { object: "list".to_owned(), data: vec![card(&app, replica, &replica.model)] }))
 }
 
-pub(crate) async fn one(State(app): State<App>, Path(id): Path<String>) -> ApiResult<Response> {
+pub(crate) async fn one(
+    State(app): State<App>,
+    id: Result<Path<String>, PathRejection>,
+) -> ApiResult<Response> {
     let replica = app.replica()?;
+    let Path(id) = id.map_err(|_| ApiError::param("model", "the model's name in the path is not UTF-8"))?;
     crate::plan::check_model(&Some(id.clone()), replica)?;
     Ok(json(&card(&app, replica, &id)))
 }
@@ -46,6 +52,9 @@ pub(crate) async fn ready(State(app): State<App>) -> ApiResult<Response> {
         return Err(ApiError::new(StatusCode::SERVICE_UNAVAILABLE, "draining", message).retry_after(1));
     }
     let replica = app.replica()?;
+    if let Some(stopped @ SubmitError::Stopped) = replica.engine.refusal() {
+        return Err(stopped.into());
+    }
     let stats = replica.engine.stats();
     Ok(json(&ReadyReport {
         status: "ready".to_owned(),

@@ -50,10 +50,6 @@ impl Common {
             logit_bias: logit_bias(fields, vocab)?,
             seed: 0,
         };
-        if sampling.top_p == 0.0 {
-            // The smallest set of any probability: the likeliest token alone.
-            (sampling.top_p, sampling.top_k) = (1.0, 1);
-        }
         let n = fields.integer("n", 1..=MAX_N)?.unwrap_or(1) as usize;
         let stops = stops(fields)?;
         let stop_token_ids = fields.token_ids("stop_token_ids", MAX_STOPS)?.unwrap_or_default();
@@ -316,6 +312,8 @@ mod tests {
             ("temperature", json!("hot"), false),
             ("temperature", json!(null), true),
             ("top_p", json!(1), true),
+            ("top_p", json!(0), true),
+            ("top_p", json!(-0.1), false),
             ("top_p", json!(1.5), false),
             ("top_k", json!(-1), true),
             ("top_k", json!(40), true),
@@ -374,14 +372,6 @@ mod tests {
                 assert_eq!(error.param.as_deref(), Some(*name), "{name}: {value}");
                 assert_eq!(error.status, 400);
             }
-        }
-    }
-
-    #[test]
-    fn a_top_p_of_zero_keeps_the_likeliest() {
-        for top_k in [0, 40] {
-            let sampling = read(json!({"top_p": 0, "top_k": top_k})).unwrap().sampling;
-            assert_eq!((sampling.top_p, sampling.top_k), (1.0, 1));
         }
     }
 

@@ -5,22 +5,28 @@ use std::time::Instant;
 
 use axum::http::StatusCode;
 use axum::response::Response;
-use consort_inference::Request;
 use consort_inference::request::Grammar;
+use consort_inference::{Request, TokenEvent};
 use serde_json::Value;
 
 use crate::answer::{Answer, AnswerSet, Job};
 use crate::engine::Replica;
 use crate::error::{ApiError, ApiResult};
 use crate::fields::Fields;
+use crate::http::body::Held;
 use crate::logprobs;
 use crate::params::{Common, is_false};
 use crate::respond::{self, Echo, Envelope, Shape};
 use crate::serve::{App, Context};
 use crate::tools::{Format, Marks, ToolStream};
 
-/// Text longer than this is tokenized off the thread that serves everyone.
+/// A body longer than this is worked on off the thread that serves everyone.
 pub(crate) const HEAVY_BYTES: usize = 16 << 10;
+/// Answers of one request.
+const MAX_CHOICES: usize = 256;
+/// What the log-probabilities may take that a request makes the server keep: a prompt's until they are sent, an
+/// answer's where it isn't streamed.
+const MAX_LOGPROB_BYTES: usize = 32 << 20;
 
 /// A prompt's tokens, and its text where the client sent text.
 pub(crate) struct Prompt {
@@ -73,25 +79,14 @@ pub(crate) fn refuse_for_all(fields: &mut Fields) -> ApiResult<()> {
     fields.refuse_unless("service_tier", default_tier, "there is one tier; leave it out or send auto")
 }
 
-/// Bytes of all strings within `values`: what tokenizing them may cost.
-pub(crate) fn text_bytes(values: &[Value]) -> usize {
-    values
-        .iter()
-        .map(|value| match value {
-            Value::String(text) => text.len(),
-            Value::Array(inner) => text_bytes(inner),
-            Value::Object(map) => map.values().map(|v| text_bytes(std::slice::from_ref(v))).sum(),
-            _ => 0,
-        })
-        .sum()
-}
-
-/// Makes the plan, submits it and answers. `heavy` work (long texts, grammars) is done on a thread of its own.
+/// Makes the plan, submits it and answers. `heavy` work (long texts, grammars) is done on a thread of its own; the
+/// body counts as `held` until then.
 pub(crate) async fn answer(
     app: &App,
     context: &Context,
     replica: Replica,
     heavy: bool,
+    held: Held,
     shape: Shape,
     make: impl FnOnce(&Replica) -> ApiResult<Plan> + Send + 'static,
 ) -> ApiResult<Response> {
@@ -102,6 +97,7 @@ pub(crate) async fn answer(
         return Err(refusal.into());
     }
     let begin = move || -> ApiResult<(Envelope, AnswerSet, bool)> {
+        let _held = held;
         let plan = make(&replica)?;
         let stream = plan.common.stream;
         let jobs = jobs(&plan, &replica, shape, deadline)?;
@@ -113,7 +109,7 @@ pub(crate) async fn answer(
         })?;
         Ok((envelope(plan, &replica, shape, choices, keep_alive), set, stream))
     };
-    let (envelope, set, stream) = if heavy { app.off_thread(begin).await?? } else { begin()? };
+    let (envelope, set, stream) = if heavy { app.off_thread(deadline, begin).await?? } else { begin()? };
     respond::respond(envelope, set, stream).await
 }
 
@@ -130,6 +126,15 @@ fn jobs(plan: &Plan, replica: &Replica, shape: Shape, deadline: Instant) -> ApiR
     let marks: Marks =
         plan.reading.iter().flat_map(|reading| reading.format.marks().filter_map(special)).collect();
     let choices = plan.prompts.len() * common.n;
+    if choices > MAX_CHOICES {
+        let message = format!(
+            "{} prompts with n = {} are {choices} answers; one request gets {MAX_CHOICES} at most",
+            plan.prompts.len(),
+            common.n
+        );
+        return Err(ApiError::param("n", message));
+    }
+    let mut logprob_bytes = 0usize;
     let resumed = common.resume.choices.len();
     if resumed != 0 && resumed != choices {
         let message = format!("consort.choices has {resumed} lists; this request has {choices} choices");
@@ -157,7 +162,29 @@ fn jobs(plan: &Plan, replica: &Replica, shape: Shape, deadline: Instant) -> ApiR
             )
             .code("context_length_exceeded"));
         }
+        if let Some(top) = plan.logprobs {
+            let scored = if plan.echo { length } else { 0 };
+            let kept = if common.stream { 0 } else { max_tokens };
+            let each = size_of::<TokenEvent>() + usize::from(top) * size_of::<(u32, f32)>();
+            logprob_bytes = logprob_bytes.saturating_add((scored + kept) * common.n * each);
+        }
+        if logprob_bytes > MAX_LOGPROB_BYTES {
+            return Err(ApiError::param(
+                "logprobs",
+                format!(
+                    "the log-probabilities of up to this many tokens would take more than {} MiB; ask for fewer \
+                     alternatives, answers, prompts or max_tokens, or for a stream",
+                    MAX_LOGPROB_BYTES >> 20
+                ),
+            ));
+        }
         for i in 0..common.n {
+            let emitted = common.emitted(p * common.n + i);
+            if emitted.len() > max_tokens {
+                let name = if resumed == 0 { "consort.emitted_token_ids" } else { "consort.choices" };
+                let message = format!("{name} has {} ids; max_tokens is {max_tokens}", emitted.len());
+                return Err(ApiError::param(name, message));
+            }
             let mut sampling = common.sampling.clone();
             sampling.seed = common.choice_seed(i);
             let tools = plan.reading.as_ref().map(|reading| {
@@ -177,7 +204,7 @@ fn jobs(plan: &Plan, replica: &Replica, shape: Shape, deadline: Instant) -> ApiR
                 ),
                 request: Request {
                     prompt: prompt.ids.clone(),
-                    emitted: common.emitted(p * common.n + i).to_vec(),
+                    emitted: emitted.to_vec(),
                     sampling,
                     end_tokens: end_tokens.clone(),
                     max_tokens: max_tokens.max(1),

@@ -11,16 +11,19 @@ use consort_model::tokenizer::Specials;
 use crate::chat::read_messages;
 use crate::error::{ApiError, ApiResult};
 use crate::fields::Fields;
-use crate::http::body::read_json;
+use crate::http::body::{Parsed, read_json};
 use crate::params::below_vocab;
 use crate::plan;
 use crate::respond::json;
-use crate::serve::App;
+use crate::serve::{App, Context};
 
-pub(crate) async fn tokenize(State(app): State<App>, request: Request<Body>) -> ApiResult<Response> {
+pub(crate) async fn tokenize(
+    State(app): State<App>,
+    context: Context,
+    request: Request<Body>,
+) -> ApiResult<Response> {
     let replica = app.replica()?.clone();
-    let value = read_json(request, &app.body_limits).await?;
-    let bytes = plan::text_bytes(std::slice::from_ref(&value));
+    let Parsed { value, bytes, held } = read_json(request, &app.body_limits).await?;
     let mut fields = Fields::new(value, "")?;
     plan::check_model(&fields.string("model")?, &replica)?;
     let prompt = fields.string("prompt")?;
@@ -31,6 +34,7 @@ pub(crate) async fn tokenize(State(app): State<App>, request: Request<Body>) -> 
     let generation = fields.bool("add_generation_prompt")?.unwrap_or(true);
     fields.finish()?;
     let work = move || {
+        let _held = held;
         let tokenizer = &replica.tokenizer;
         let tokens = match (prompt, messages) {
             (Some(text), None) => {
@@ -58,13 +62,14 @@ pub(crate) async fn tokenize(State(app): State<App>, request: Request<Body>) -> 
             tokens,
         })
     };
-    let response = if bytes > plan::HEAVY_BYTES { app.off_thread(work).await?? } else { work()? };
+    let heavy = bytes > plan::HEAVY_BYTES;
+    let response = if heavy { app.off_thread(context.deadline, work).await?? } else { work()? };
     Ok(json(&response))
 }
 
 pub(crate) async fn detokenize(State(app): State<App>, request: Request<Body>) -> ApiResult<Response> {
     let replica = app.replica()?;
-    let value = read_json(request, &app.body_limits).await?;
+    let Parsed { value, held: _held, .. } = read_json(request, &app.body_limits).await?;
     let mut fields = Fields::new(value, "")?;
     plan::check_model(&fields.string("model")?, replica)?;
     let tokens = fields

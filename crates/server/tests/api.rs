@@ -288,6 +288,34 @@ fn what_a_completion_cannot_obey_is_refused_by_name() {
 }
 
 #[test]
+fn what_one_request_can_make_the_server_hold_is_bounded() {
+    let server = Server::start(Scripted::always(Script::say("ok")));
+    let many = vec!["x"; 20];
+    let ids = |count: usize| vec![120; count];
+    for (body, param) in [
+        (json!({"prompt": many, "n": 16}), "n"),
+        (json!({"prompt": vec![ids(4000); 64], "echo": true, "logprobs": 20, "max_tokens": 0}), "logprobs"),
+        (json!({"prompt": vec!["x"; 60], "logprobs": 20, "max_tokens": 4000}), "logprobs"),
+        (
+            json!({"prompt": "x", "seed": 1, "max_tokens": 3, "consort": {"emitted_token_ids": ids(4)}}),
+            "consort.emitted_token_ids",
+        ),
+        (
+            json!({"prompt": "x", "seed": 1, "max_tokens": 3, "consort": {"choices": [ids(4)]}}),
+            "consort.choices",
+        ),
+    ] {
+        let response = server.complete(body);
+        assert_eq!((response.status, response.error().0.as_deref()), (400, Some(param)));
+    }
+    // A stream keeps nothing of what it has sent.
+    server
+        .complete(json!({"prompt": vec!["x"; 60], "logprobs": 20, "max_tokens": 4000, "stream": true}))
+        .events();
+    server.complete(json!({"prompt": vec!["x"; 16], "n": 16})).ok();
+}
+
+#[test]
 fn a_batch_larger_than_the_engine_takes_is_worked_off() {
     let engine = Scripted::with_capacity(3, |request| Script::say(&format!("{}", request.prompt.len())));
     let server = Server::start(engine);
@@ -365,6 +393,8 @@ fn other_paths_and_methods_get_the_envelope() {
     assert_eq!(response.header("allow"), Some("post"));
     assert_eq!(server.post("/health", &json!({})).status, 405);
     assert_eq!(server.get("/").status, 404, "no page was given");
+    let response = server.get("/v1/models/%ff");
+    assert_eq!((response.status, response.error().1.as_str()), (400, "invalid_value"));
     let response = server.chat(json!({"model": "gpt-5"}));
     assert_eq!(response.status, 404);
     assert_eq!(response.error().1, "model_not_found");
@@ -480,6 +510,18 @@ fn pages_from_elsewhere_cannot_drive_it() {
     };
     assert_eq!(preflight("https://app.example").status, 204);
     assert_eq!(preflight("https://evil.example").status, 403);
+}
+
+#[test]
+fn a_replica_whose_engine_stopped_is_live_and_not_ready() {
+    let engine = Scripted::always(Script::say("ok"));
+    let server = Server::start(engine.clone());
+    assert_eq!(server.get("/ready").status, 200);
+    engine.stopped.store(true, std::sync::atomic::Ordering::SeqCst);
+    for response in [server.get("/ready"), server.chat(json!({}))] {
+        assert_eq!((response.status, response.error().1.as_str()), (503, "stopped"));
+    }
+    assert_eq!(server.get("/health").status, 200);
 }
 
 #[test]

@@ -7,7 +7,7 @@ mod support;
 use std::time::Duration;
 
 use consort_inference::request::Grammar;
-use consort_server::Options;
+use consort_server::{Options, Replica};
 use serde_json::{Value, json};
 use support::*;
 
@@ -181,6 +181,27 @@ fn a_special_token_can_announce_calls() {
     let answer = server.chat(json!({"tools": tools()})).ok();
     assert_eq!(answer["choices"][0]["message"]["tool_calls"][0]["function"]["name"], "time");
     assert_eq!(answer["choices"][0]["message"]["content"], Value::Null);
+}
+
+/// In some models the tags around a call are special tokens, which have no text of their own. The closing one must be
+/// read too: unread, the next call's opening would look like text among calls.
+#[test]
+fn special_tokens_can_open_and_close_calls() {
+    let (open, close) = (VOCAB as u32, VOCAB as u32 + 1);
+    let call = ids("{\"name\": \"time\", \"arguments\": {}}");
+    let one = [&[open][..], &call, &[close]].concat();
+    let script = [&one[..], &ids("\n"), &one, &ids(" Done.")].concat();
+    let replica = Replica {
+        tokenizer: tokenizer_with(&["<tool_call>", "</tool_call>"]),
+        ..replica(Scripted::always(Script::Say(script)), TOOL_TEMPLATE)
+    };
+    let server = Server::serve(replica, Options::default());
+    let answer = server.chat(json!({"tools": tools()})).ok();
+    let message = &answer["choices"][0]["message"];
+    let names: Vec<_> =
+        message["tool_calls"].as_array().unwrap().iter().map(|c| &c["function"]["name"]).collect();
+    assert_eq!(names, ["time", "time"]);
+    assert_eq!(message["content"], " Done.");
 }
 
 #[test]

@@ -159,13 +159,13 @@ fn table(rows: &[Row], verified: bool) -> Result<()> {
         let place = match (&row.state, &row.path) {
             (Some(state), _) => state.clone(),
             (None, Some(path)) => path.display().to_string(),
-            (None, None) => format!("not fetched; {}", row.source.as_deref().unwrap_or_default()),
+            (None, None) => "not fetched".to_owned(),
         };
         let size = row.bytes.map(bytes).unwrap_or_default();
         let licence = row.licence.as_deref().unwrap_or("not stated");
         line(format_args!("{:width$}  {size:>9}  {licence:20}  {place}", row.name))?;
         if let (Some(about), false) = (&row.about, verified) {
-            line(style.dim(&format!("{:width$}  {about}", "")))?;
+            line(style.dim(&format!("  {about}")))?;
         }
     }
     Ok(())

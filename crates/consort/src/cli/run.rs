@@ -44,7 +44,7 @@ pub(crate) struct Run {
     #[arg(long, value_name = "P", default_value_t = 0.95, allow_negative_numbers = true, value_parser = within(0.0, 1.0))]
     top_p: f32,
     /// Same model, prompt and seed: the same answer [default: another each time]
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", allow_negative_numbers = true, value_parser = seed)]
     seed: Option<u64>,
     /// Longest answer in tokens [default: what the context leaves]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
@@ -140,11 +140,17 @@ impl Run {
             return Ok(line(done.json(name, started, session))?);
         }
         show("\n")?;
-        if done.cut_short() {
-            note("(stopped at the longest answer; --max-tokens allows more)");
+        if let Some(why) = done.cut_short() {
+            note(&format!("({why})"));
         }
         Ok(())
     }
+}
+
+/// A seed, as the API takes it: negative ones too.
+fn seed(text: &str) -> Result<u64, String> {
+    let signed = || text.parse::<i64>().map(|n| n as u64);
+    text.parse().or_else(|_| signed()).map_err(|_| "write a whole number of up to 64 bits".to_string())
 }
 
 /// A number between two others.
@@ -155,6 +161,21 @@ fn within(low: f32, high: f32) -> impl Fn(&str) -> Result<f32, String> + Clone {
             Ok(value)
         } else {
             Err(format!("write a number from {low} to {high}"))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn seeds_are_64_bits_signed_or_not() {
+        assert_eq!(seed("7"), Ok(7));
+        assert_eq!(seed("-1"), Ok(u64::MAX));
+        assert_eq!(seed("18446744073709551615"), Ok(u64::MAX));
+        for bad in ["", "x", "1.5", "18446744073709551616", "-9223372036854775809"] {
+            assert!(seed(bad).is_err(), "{bad}");
         }
     }
 }

@@ -42,7 +42,7 @@ fn sampling(rng: &mut Philox, vocab: usize) -> Sampling {
     Sampling {
         temperature: one_of(rng, &[0.0, 1e-4, 0.3, 0.7, 1.0, 2.0, 50.0]),
         top_k: one_of(rng, &[0, 0, 1, 2, 40, 600]),
-        top_p: one_of(rng, &[1.0, 1.0, 0.95, 0.5, 1e-6, 0.9999]),
+        top_p: one_of(rng, &[1.0, 1.0, 0.95, 0.5, 0.0, 1e-6, 0.9999]),
         min_p: one_of(rng, &[0.0, 0.0, 0.05, 0.5, 1.0]),
         presence_penalty: one_of(rng, &[0.0, 0.0, 0.5, -2.0]),
         frequency_penalty: one_of(rng, &[0.0, 0.0, 0.3, 2.0]),
@@ -74,6 +74,18 @@ fn the_fast_sampler_agrees_with_the_plain_one() {
         let fast = sampler.pick(Cpu::detect(), &mut scratch, &row, position, allowed);
         let plain = reference::pick(&sampling, &prompt, &answer, &row, position, allowed);
         assert_eq!(fast, plain, "seed {seed}: {sampling:?} over {vocab} logits");
+    }
+}
+
+#[test]
+fn a_top_p_of_zero_leaves_the_likeliest_alone() {
+    let mut scratch = Scratch::default();
+    for (seed, mut rng) in seeds(200) {
+        let row: Vec<f32> = (0..300).map(|_| (rng.unit() as f32 - 0.5) * 4.0).collect();
+        let sampling = Sampling { temperature: 1.0, top_p: 0.0, seed, ..Sampling::default() };
+        let greedy = Sampling { temperature: 0.0, ..sampling.clone() };
+        let mut pick = |s| Sampler::new(s, &[], &[]).pick(Cpu::detect(), &mut scratch, &row, 7, None);
+        assert_eq!(pick(sampling), pick(greedy), "seed {seed}");
     }
 }
 

@@ -1,7 +1,8 @@
 //! Reads a request's body as JSON, within bounds of bytes, time, depth and count.
 //!
 //! The limit holds while the body streams in, so a body without a length costs no more than one with. A second bound
-//! covers all bodies being read at one time. JSON text is small beside the values it becomes (an array of zeros grows
+//! covers all bodies at one time, until their requests are with the engine: many large ones that wait to be tokenized
+//! cost what they cost while they arrive. JSON text is small beside the values it becomes (an array of zeros grows
 //! thirty-fold), so values are counted before they are made. Depth is serde_json's own limit of 128.
 
 use std::sync::Arc;
@@ -28,13 +29,25 @@ pub(crate) struct BodyLimits {
     pub(crate) in_flight: Arc<AtomicUsize>,
 }
 
+/// What a value costs beside its text.
+const VALUE_BYTES: usize = 64;
+
+/// A body that was read.
+pub(crate) struct Parsed {
+    pub(crate) value: Value,
+    /// Length of the text: no work on the request costs less than in proportion to it.
+    pub(crate) bytes: usize,
+    /// To be kept for as long as what the body became.
+    pub(crate) held: Held,
+}
+
 /// Bytes counted as in flight until dropped.
-struct Held<'a> {
-    counter: &'a AtomicUsize,
+pub(crate) struct Held {
+    counter: Arc<AtomicUsize>,
     bytes: usize,
 }
 
-impl Held<'_> {
+impl Held {
     fn add(&mut self, bytes: usize, limit: usize) -> ApiResult<()> {
         self.bytes += bytes;
         if self.counter.fetch_add(bytes, Ordering::Relaxed) + bytes > limit {
@@ -49,14 +62,14 @@ impl Held<'_> {
     }
 }
 
-impl Drop for Held<'_> {
+impl Drop for Held {
     fn drop(&mut self) {
         self.counter.fetch_sub(self.bytes, Ordering::Relaxed);
     }
 }
 
 /// The body as JSON.
-pub(crate) async fn read_json(request: Request<Body>, limits: &BodyLimits) -> ApiResult<Value> {
+pub(crate) async fn read_json(request: Request<Body>, limits: &BodyLimits) -> ApiResult<Parsed> {
     let (parts, body) = request.into_parts();
     if let Some(encoding) = parts.headers.get(CONTENT_ENCODING)
         && encoding != "identity"
@@ -71,7 +84,7 @@ pub(crate) async fn read_json(request: Request<Body>, limits: &BodyLimits) -> Ap
     if declared.is_some_and(|bytes| bytes > limits.max_bytes as u64) {
         return Err(too_large(limits.max_bytes));
     }
-    let mut held = Held { counter: &limits.in_flight, bytes: 0 };
+    let mut held = Held { counter: limits.in_flight.clone(), bytes: 0 };
     let bytes =
         tokio::time::timeout(limits.timeout, collect(body, limits, &mut held)).await.map_err(|_| {
             let seconds = limits.timeout.as_secs_f32();
@@ -81,10 +94,12 @@ pub(crate) async fn read_json(request: Request<Body>, limits: &BodyLimits) -> Ap
                 format!("the body was not complete after {seconds} s"),
             )
         })??;
-    parse(&bytes)
+    let text = text(&bytes)?;
+    held.add(count_values(text) * VALUE_BYTES, limits.max_bytes_in_flight)?;
+    Ok(Parsed { value: parse(text)?, bytes: bytes.len(), held })
 }
 
-async fn collect(mut body: Body, limits: &BodyLimits, held: &mut Held<'_>) -> ApiResult<Vec<u8>> {
+async fn collect(mut body: Body, limits: &BodyLimits, held: &mut Held) -> ApiResult<Vec<u8>> {
     let mut bytes = Vec::new();
     while let Some(frame) = body.frame().await {
         let frame = frame.map_err(|error| {
@@ -112,8 +127,8 @@ fn invalid(message: String) -> ApiError {
     ApiError::new(StatusCode::BAD_REQUEST, "invalid_json", message)
 }
 
-/// JSON out of bytes.
-pub(crate) fn parse(bytes: &[u8]) -> ApiResult<Value> {
+/// Text out of bytes, of not too many values.
+fn text(bytes: &[u8]) -> ApiResult<&str> {
     let text = std::str::from_utf8(bytes)
         .map_err(|e| invalid(format!("the body is not UTF-8: byte {} is wrong", e.valid_up_to())))?;
     if text.trim_ascii().is_empty() {
@@ -122,6 +137,10 @@ pub(crate) fn parse(bytes: &[u8]) -> ApiResult<Value> {
     if count_values(text) > MAX_VALUES {
         return Err(invalid(format!("the body holds more than {MAX_VALUES} values")));
     }
+    Ok(text)
+}
+
+fn parse(text: &str) -> ApiResult<Value> {
     serde_json::from_str(text).map_err(|e| invalid(format!("the body is not valid JSON: {e}")))
 }
 
@@ -152,8 +171,12 @@ fn count_values(text: &str) -> usize {
 mod tests {
     use super::*;
 
+    fn read(bytes: &[u8]) -> ApiResult<Value> {
+        text(bytes).and_then(parse)
+    }
+
     fn message(bytes: &[u8]) -> String {
-        let error = parse(bytes).unwrap_err();
+        let error = read(bytes).unwrap_err();
         assert_eq!(error.status, StatusCode::BAD_REQUEST);
         error.message
     }
@@ -177,6 +200,26 @@ mod tests {
     #[test]
     fn separators_in_strings_count_for_nothing() {
         assert_eq!(count_values(r#"{"a,[{\"": ",,,"}"#), 2);
-        assert!(parse(format!("\"{}\"", ",".repeat(2 * MAX_VALUES)).as_bytes()).is_ok());
+        assert!(read(format!("\"{}\"", ",".repeat(2 * MAX_VALUES)).as_bytes()).is_ok());
+    }
+
+    #[tokio::test]
+    async fn a_body_counts_for_as_long_as_it_is_held() {
+        let limits = BodyLimits {
+            max_bytes: 10_000,
+            max_bytes_in_flight: 10_000,
+            timeout: Duration::from_secs(60),
+            in_flight: Arc::default(),
+        };
+        let ask = |body: String| read_json(Request::new(Body::from(body)), &limits);
+        let long = || format!("{{\"a\": \"{}\"}}", "x".repeat(6_000));
+        let first = ask(long()).await.unwrap();
+        assert_eq!(ask(long()).await.err().map(|e| e.status), Some(StatusCode::TOO_MANY_REQUESTS));
+        drop(first);
+        assert_eq!(ask(long()).await.unwrap().bytes, long().len());
+        // A short text of many values is a large body too.
+        let many = format!("[{}0]", "0,".repeat(200));
+        assert_eq!(ask(many).await.err().map(|e| e.status), Some(StatusCode::TOO_MANY_REQUESTS));
+        assert_eq!(limits.in_flight.load(Ordering::Relaxed), 0);
     }
 }

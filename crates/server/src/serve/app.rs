@@ -3,6 +3,7 @@
 use std::ops::Deref;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::Instant;
 
 use tokio::sync::Semaphore;
 
@@ -30,7 +31,7 @@ pub(crate) struct Shared {
     /// When the server started, in seconds since 1970.
     pub(crate) created: u64,
     draining: AtomicBool,
-    long_jobs: Semaphore,
+    long_jobs: Arc<Semaphore>,
 }
 
 impl Deref for App {
@@ -54,19 +55,26 @@ impl App {
             },
             created: crate::respond::now(),
             draining: AtomicBool::new(false),
-            long_jobs: Semaphore::new(LONG_JOBS),
+            long_jobs: Arc::new(Semaphore::new(LONG_JOBS)),
             slot,
             options,
         }))
     }
 
-    /// Runs `work` where it holds up nobody else.
+    /// Runs `work` where it holds up nobody else, once there is a place for it. Work that has begun is done, and keeps
+    /// its place, even where nobody waits for it any more: clients that come and go can't pile it up.
     pub(crate) async fn off_thread<T: Send + 'static>(
         &self,
+        deadline: Instant,
         work: impl FnOnce() -> T + Send + 'static,
     ) -> ApiResult<T> {
         let gone = || ApiError::internal("the request's work was lost; the log says why");
-        let _permit = self.long_jobs.acquire().await.map_err(|_| gone())?;
+        let place = tokio::time::timeout_at(deadline.into(), self.long_jobs.clone().acquire_owned());
+        let place = place.await.map_err(|_| ApiError::deadline())?.map_err(|_| gone())?;
+        let work = move || {
+            let _place = place;
+            work()
+        };
         tokio::task::spawn_blocking(work).await.map_err(|error| {
             tracing::error!(%error, "work for a request failed");
             gone()
@@ -95,5 +103,39 @@ impl Shared {
 
     pub(crate) fn start_draining(&self) {
         self.draining.store(true, Ordering::Relaxed);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::{Mutex, mpsc};
+    use std::time::Duration;
+
+    use tokio::sync::oneshot;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn work_keeps_its_place_when_its_client_leaves_and_waiting_has_an_end() {
+        let app = App::new(Slot::empty(), Options::default(), true, &Arc::default());
+        let far = Instant::now() + Duration::from_secs(600);
+        let (release, gate) = mpsc::channel::<()>();
+        let gate = Arc::new(Mutex::new(gate));
+        for _ in 0..LONG_JOBS {
+            let (gate, (begun, begins)) = (gate.clone(), oneshot::channel());
+            let work = app.off_thread(far, move || {
+                begun.send(()).unwrap();
+                gate.lock().unwrap().recv().unwrap();
+            });
+            tokio::select! {
+                _ = work => panic!("it is not released yet"),
+                begun = begins => begun.unwrap(),
+            }
+        }
+        let late = app.off_thread(Instant::now(), || ()).await.unwrap_err();
+        assert_eq!(late, ApiError::deadline());
+        release.send(()).unwrap();
+        app.off_thread(far, || ()).await.unwrap();
+        release.send(()).unwrap();
     }
 }

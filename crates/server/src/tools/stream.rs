@@ -91,6 +91,8 @@ pub(crate) struct ToolStream {
     state: State,
     /// Held back: white space and what might be an opening. In a section: its text since the last call that got out.
     held: String,
+    /// Bytes of white space that `held` begins with, before an opening.
+    blank: usize,
     /// Whether anything but white space came before.
     began: bool,
 }
@@ -119,6 +121,7 @@ impl ToolStream {
             either: false,
             state: State::Text,
             held: String::new(),
+            blank: 0,
             began: false,
         }
     }
@@ -192,9 +195,15 @@ impl ToolStream {
             self.state = State::Object { scan: Box::new(Scan::new()), sent: None };
             return;
         }
+        // Any amount of white space may come first: it isn't looked at again with each character.
+        let blank = self.blank == self.held.len() && c.is_whitespace();
         self.held.push(c);
+        if blank {
+            self.blank = self.held.len();
+            return;
+        }
         loop {
-            let candidate = self.held.trim_start();
+            let candidate = &self.held[self.blank..];
             if candidate == opening {
                 self.state = State::Section;
                 return;
@@ -203,10 +212,10 @@ impl ToolStream {
                 return;
             }
             // Neither white space nor an opening begins at the candidate's first character: release up to after it.
-            let lead = self.held.len() - candidate.len();
-            let cut = lead + candidate.chars().next().map_or(0, char::len_utf8);
+            let cut = self.blank + candidate.chars().next().map_or(0, char::len_utf8);
             let rest = self.held.split_off(cut);
             emit_text(out, &std::mem::replace(&mut self.held, rest));
+            self.blank = self.held.len() - self.held.trim_start().len();
             self.began = true;
             if self.format == Format::Bare || self.either {
                 let rest = std::mem::take(&mut self.held);
@@ -223,13 +232,19 @@ impl ToolStream {
     fn take_between(&mut self, c: char, out: &mut Vec<ToolPiece>) {
         self.held.push(c);
         if let Some(closing) = self.format.closing() {
-            let tail_start =
-                self.held.rfind('<').filter(|at| !self.held[*at..].starts_with(self.format.opening()));
+            // No further back than a closing is long.
+            let from = self.held.len().saturating_sub(closing.len());
+            let tail_start = self.held.as_bytes()[from..]
+                .iter()
+                .rposition(|byte| *byte == b'<')
+                .map(|at| from + at)
+                .filter(|at| !self.held[*at..].starts_with(self.format.opening()));
             if let Some(at) = tail_start {
                 let tail = &self.held[at..];
                 if tail == closing {
                     if self.called() {
                         self.held.clear();
+                        self.blank = 0;
                         self.began = true;
                         self.state = State::Text;
                     } else {
@@ -292,6 +307,7 @@ impl ToolStream {
     /// It was no call: the held text comes out as text.
     fn give_up(&mut self, out: &mut Vec<ToolPiece>) {
         emit_text(out, &std::mem::take(&mut self.held));
+        self.blank = 0;
         self.began = true;
         let last = self.format == Format::Bare || self.either;
         self.state = if last { State::Plain } else { State::Text };
@@ -468,6 +484,20 @@ mod tests {
         let mut out = Vec::new();
         stream.push("{\"a\"", &mut out);
         assert_eq!(out, [ToolPiece::Text("{\"a\"".to_owned())], "clear at its first key");
+    }
+
+    /// A model that writes nothing but white space, for the length of a long context: looking through all of it again
+    /// with each character would take hours.
+    #[test]
+    fn white_space_without_end_costs_no_more_than_text() {
+        let blank = " \n".repeat(2_000_000);
+        for format in [Format::Tagged, Format::Marker, Format::Bare] {
+            assert_eq!(read(format, &blank, 4096), (blank.clone(), vec![]));
+        }
+        let call = r#"{"name": "say", "arguments": {}}"#;
+        let (said, calls) =
+            read(Format::Tagged, &format!("{blank}<tool_call>{blank}{call}</tool_call>"), 4096);
+        assert_eq!((said.as_str(), calls), ("", vec![("say".to_owned(), "{}".to_owned())]));
     }
 
     #[test]

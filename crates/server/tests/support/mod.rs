@@ -6,7 +6,7 @@
 use std::io::{BufRead, BufReader, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::path::Path;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -35,6 +35,11 @@ pub(crate) const VOCAB: usize = 260;
 
 /// One token a byte, and a few special ones.
 pub(crate) fn tokenizer() -> Arc<Tokenizer> {
+    tokenizer_with(&[])
+}
+
+/// As [`tokenizer`], with more special tokens: ids from [`VOCAB`] on.
+pub(crate) fn tokenizer_with(more: &[&str]) -> Arc<Tokenizer> {
     // GPT-2 spells bytes that can't be printed as the characters from U+0100 on, in order.
     let mut spelled: Vec<String> = Vec::new();
     let mut next = 256;
@@ -54,6 +59,8 @@ pub(crate) fn tokenizer() -> Arc<Tokenizer> {
     spelled.push("th".to_owned());
     let mut token_types = vec![1; 256];
     token_types.extend([3, 3, 3, 1]);
+    spelled.extend(more.iter().map(|special| (*special).to_owned()));
+    token_types.extend(more.iter().map(|_| 3));
     let vocab = GgufVocab {
         model: "gpt2",
         pre: Some("smollm"),
@@ -106,6 +113,8 @@ pub(crate) struct Scripted {
     pub(crate) cancelled: Arc<AtomicUsize>,
     pub(crate) sent: Arc<AtomicUsize>,
     pub(crate) requests: Mutex<Vec<Request>>,
+    /// Its thread is gone.
+    pub(crate) stopped: AtomicBool,
     drained: AtomicUsize,
 }
 
@@ -125,6 +134,7 @@ impl Scripted {
             cancelled: Arc::default(),
             sent: Arc::default(),
             requests: Mutex::default(),
+            stopped: AtomicBool::new(false),
             drained: AtomicUsize::new(0),
         })
     }
@@ -181,6 +191,10 @@ impl Generate for Scripted {
             running.fetch_sub(1, Ordering::SeqCst);
         });
         Ok(Submission { events: receiver })
+    }
+
+    fn refusal(&self) -> Option<SubmitError> {
+        self.stopped.load(Ordering::SeqCst).then_some(SubmitError::Stopped)
     }
 
     fn fingerprint(&self) -> &str {

@@ -109,9 +109,7 @@ impl ServeBench {
             None => tokio::time::timeout(Duration::from_secs(10), target.first_model())
                 .await
                 .unwrap_or_else(|_| Err("timeout".into()))
-                .map_err(|e| {
-                    anyhow!("{} lists no model ({e}); start it, or check --url and --api-key", self.url)
-                })?,
+                .map_err(|fault| no_model(&self.url, &fault))?,
         };
         let requests = self.requests.unwrap_or(self.concurrency.saturating_mul(8));
         if !self.json {
@@ -189,6 +187,15 @@ impl ServeBench {
             inter_token_ms: Times::of(between),
             latency_ms: Times::of(whole),
         }
+    }
+}
+
+/// Why there is nothing to measure, and the cure.
+fn no_model(url: &str, fault: &str) -> anyhow::Error {
+    match fault {
+        "connect" => anyhow!("no server answers at {url}; start one, or check --url"),
+        "401" | "403" => anyhow!("{url} refuses the key ({fault}); check --api-key or CONSORT_API_KEY"),
+        other => anyhow!("{url} lists no model ({other}); name one with --model, or check --url"),
     }
 }
 

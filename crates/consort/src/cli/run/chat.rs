@@ -6,7 +6,7 @@ use rustyline::history::MemHistory;
 use rustyline::{Config, Editor};
 
 use super::session::Session;
-use crate::terminal::{Style, line, note, piece, printable};
+use crate::terminal::{Silent, Style, line, note, piece, printable, said};
 
 const HELP: &str = "\
 /help           this list
@@ -65,7 +65,7 @@ pub(super) fn chat(session: &mut Session, name: &str) -> Result<()> {
             if crate::terminal::is_closed_output(&error) {
                 return Err(error);
             }
-            note(&format!("error: {error:#}"));
+            note(&format!("error: {}", said(&error)));
         }
     }
 }
@@ -84,7 +84,13 @@ fn read(editor: &mut Editor<(), MemHistory>) -> Result<Option<String>> {
                 }
                 continue;
             }
-            Err(ReadlineError::Eof) => return Ok(None),
+            Err(ReadlineError::Eof) => {
+                // Where it can edit lines, the editor has ended this one.
+                if !crate::environment::line_editing() {
+                    line("")?;
+                }
+                return Ok(None);
+            }
             Err(error) => return Err(error).context("can't read from this terminal"),
         };
         match &mut lines {
@@ -114,12 +120,15 @@ fn answer(
     stats: bool,
     style: Style,
 ) -> Result<()> {
+    let _silent = Silent::begin();
     let mut answer = session.ask(text)?;
     let stopped = runtime.block_on(async {
+        let interrupted = tokio::signal::ctrl_c();
+        tokio::pin!(interrupted);
         loop {
             tokio::select! {
                 biased;
-                _ = tokio::signal::ctrl_c() => return Ok::<_, anyhow::Error>(true),
+                _ = &mut interrupted => return Ok::<_, anyhow::Error>(true),
                 event = answer.events().recv() => match event {
                     Some(event) => piece(&printable(&answer.take(event)?))?,
                     None => return Ok(false),
@@ -131,8 +140,8 @@ fn answer(
     line("")?;
     if stopped {
         line(style.dim("(stopped)"))?;
-    } else if done.cut_short() {
-        line(style.dim("(stopped at the longest answer)"))?;
+    } else if let Some(why) = done.cut_short() {
+        line(style.dim(&format!("({why})")))?;
     }
     if stats {
         line(style.dim(&done.figures()))?;

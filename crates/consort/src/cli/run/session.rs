@@ -35,12 +35,13 @@ pub(super) struct Answer<'a> {
     submission: Submission,
     decoder: StreamDecoder,
     text: String,
-    tokens: usize,
+    /// What is known of it before its end.
+    usage: Usage,
     seed: u64,
     asked: Instant,
     first: Option<Instant>,
     last: Option<Instant>,
-    ended: Option<(FinishReason, Usage)>,
+    ended: Option<FinishReason>,
 }
 
 /// A finished answer.
@@ -48,6 +49,8 @@ pub(super) struct Answer<'a> {
 pub(super) struct Done {
     text: String,
     reason: FinishReason,
+    /// It has as many tokens as `--max-tokens` allows.
+    limited: bool,
     usage: Usage,
     seed: u64,
     asked: Instant,
@@ -87,9 +90,10 @@ impl Session {
                 Some(seed) => seed,
                 None => random_seed()?,
             };
-            Ok((self.submit(prompt, seed)?, seed))
+            let prompt_tokens = prompt.len();
+            Ok((self.submit(prompt, seed)?, seed, prompt_tokens))
         });
-        let (submission, seed) = match submitted {
+        let (submission, seed, prompt_tokens) = match submitted {
             Ok(both) => both,
             Err(error) => {
                 self.unask();
@@ -101,7 +105,7 @@ impl Session {
             submission,
             decoder: StreamDecoder::new(),
             text: String::new(),
-            tokens: 0,
+            usage: Usage { prompt_tokens, ..Usage::default() },
             seed,
             asked,
             first: None,
@@ -172,12 +176,16 @@ impl Answer<'_> {
     pub(super) fn take(&mut self, event: Event) -> Result<String> {
         let tokenizer = &self.session.loaded.tokenizer;
         let text = match event {
-            Event::Started { .. } | Event::Prompt(_) => String::new(),
+            Event::Started { cached_tokens } => {
+                self.usage.cached_tokens = cached_tokens;
+                String::new()
+            }
+            Event::Prompt(_) => String::new(),
             Event::Token(token) => {
                 let now = Instant::now();
                 self.first.get_or_insert(now);
                 self.last = Some(now);
-                self.tokens += 1;
+                self.usage.completion_tokens += 1;
                 if tokenizer.end_tokens().contains(&token.id) {
                     String::new()
                 } else {
@@ -185,7 +193,8 @@ impl Answer<'_> {
                 }
             }
             Event::Finished { reason, usage } => {
-                self.ended = Some((reason, usage));
+                self.ended = Some(reason);
+                self.usage = usage;
                 self.decoder.finish()
             }
             Event::Failed { reason } => bail!("the engine failed: {reason}"),
@@ -196,10 +205,8 @@ impl Answer<'_> {
 
     /// Ends the answer, whether it ran to its end or is stopped here; what was said becomes part of the conversation.
     pub(super) fn finish(self) -> Result<Done> {
-        let (reason, usage) = self.ended.unwrap_or((
-            FinishReason::Cancelled,
-            Usage { completion_tokens: self.tokens, ..Usage::default() },
-        ));
+        let limits = &self.session.limits;
+        let limited = limits.max_tokens.is_some_and(|most| self.usage.completion_tokens >= most);
         if self.text.is_empty() {
             self.session.unask();
         } else {
@@ -207,8 +214,9 @@ impl Answer<'_> {
         }
         Ok(Done {
             text: self.text,
-            reason,
-            usage,
+            reason: self.ended.unwrap_or(FinishReason::Cancelled),
+            limited,
+            usage: self.usage,
             seed: self.seed,
             asked: self.asked,
             first: self.first,
@@ -218,9 +226,15 @@ impl Answer<'_> {
 }
 
 impl Done {
-    /// Whether the answer could have gone on.
-    pub(super) fn cut_short(&self) -> bool {
-        self.reason == FinishReason::Length
+    /// Why the answer ended before its end, and what allows more.
+    pub(super) fn cut_short(&self) -> Option<&'static str> {
+        match self.reason {
+            FinishReason::Length if self.limited => {
+                Some("stopped at the longest answer; --max-tokens allows more")
+            }
+            FinishReason::Length => Some("the model's context is full; in a chat, /reset makes room"),
+            _ => None,
+        }
     }
 
     /// Tokens a second after the first one.
