@@ -329,6 +329,46 @@ fn the_file_is_applied_live_and_a_wrong_edit_changes_nothing() {
 }
 
 #[test]
+fn replicas_follow_the_load() {
+    let up = up_file(
+        "[models.smol]\nsource = \"{model}\"\nreplicas = { min = 1, max = 2 }\n\
+         [models.smol.autoscale]\ntarget_tokens = 256\ndown_window = \"2s\"\n",
+    );
+    assert_eq!(up.ready().len(), 1);
+    let done = AtomicBool::new(false);
+    thread::scope(|scope| {
+        for _ in 0..4 {
+            scope.spawn(|| {
+                while !done.load(Ordering::Relaxed) {
+                    assert_eq!(up.post(&chat("Tell me a story.", 200)).status, 200, "{}", up.log());
+                }
+            });
+        }
+        let grown =
+            thread::scope(|inner| inner.spawn(|| up.until("there are two", |f| all_ready(f, 2))).join());
+        done.store(true, Ordering::Relaxed);
+        grown.unwrap();
+    });
+    let fleet = up.until("there is one", |fleet| all_ready(fleet, 1));
+    assert!(up.log().contains("tokens a replica, 256 wanted"), "{}", up.log());
+    assert_eq!(fleet["scaling"][0]["replicas"], 1);
+}
+
+#[test]
+fn an_idle_model_ends_its_last_replica_and_the_next_request_waits_for_one() {
+    let up = up_file(
+        "[models.smol]\nsource = \"{model}\"\nreplicas = { min = 0, max = 1 }\n\
+         [models.smol.autoscale]\nidle = \"1s\"\ndown_window = \"1s\"\n",
+    );
+    for _ in 0..2 {
+        up.until("there is none", |fleet| all_ready(fleet, 0));
+        let response = up.post(&chat("Hello.", 3));
+        assert_eq!(response.status, 200, "{}\n{}", response.text(), up.log());
+    }
+    assert!(up.log().contains("requests wait and there is no replica"), "{}", up.log());
+}
+
+#[test]
 fn sigterm_lets_short_answers_finish_and_exits_0() {
     const TOKENS: usize = 100;
     let mut up = up();

@@ -110,6 +110,10 @@ impl Director {
         let mut count = 0u64;
         self.publish(&routes.borrow_and_update())?;
         self.want(keeper).await;
+        if versions(&self.deployment).all(|(_, version)| version.min == 0) {
+            // The first request starts the first replica.
+            self.greet(&[])?;
+        }
         loop {
             tokio::select! {
                 changed = routes.changed() => {

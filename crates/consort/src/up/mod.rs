@@ -56,6 +56,9 @@ pub(crate) fn run(plan: Plan) -> Result<()> {
     let door = Gateway::new(settings(&plan.deployment));
     let listener = plan.bound.listener.try_clone().context("can't share the listening socket")?;
     let shared = Arc::new(Shared::new(&plan, store.clone(), door.clone())?);
+    if plan.deployment.keys_required && shared.keys().is_empty() {
+        note("requests need a key and there is none yet; make one with: consort key create --name NAME");
+    }
     door.set_extra(Box::new(fleet_page::FleetPage(shared.clone())));
 
     let (stop_door, door_stopped) = tokio::sync::oneshot::channel::<()>();

@@ -51,7 +51,12 @@ pub(crate) fn print(
     field("Watch", "consort status --watch")?;
     field("Stop", "Ctrl-C")?;
     line("")?;
-    for row in rows(slots) {
+    let rows = if slots.is_empty() {
+        vec!["the first request starts the first replica".to_owned()]
+    } else {
+        rows(slots)
+    };
+    for row in rows {
         line(format_args!("  {row}"))?;
     }
     if let Some(model) = deployment.models.first() {
