@@ -387,6 +387,52 @@ fn sigterm_lets_short_answers_finish_and_exits_0() {
 }
 
 #[test]
+fn an_answer_that_is_too_long_for_the_drain_ends_with_an_error_and_holds_nothing_up() {
+    let mut up = up_file("drain.tokens = 10\n[models.smol]\nsource = \"{model}\"\nreplicas = 2\n");
+    let mut events = client::stream(up.address, CHAT, &chat("Tell me a story.", 6000)).unwrap();
+    events.next().unwrap().unwrap();
+    events.next().unwrap().unwrap();
+    let begun = Instant::now();
+    up.signal("TERM");
+    let last = loop {
+        match events.next() {
+            Ok(Some(event)) if event["error"].is_object() => break event,
+            Ok(Some(_)) => {}
+            other => panic!("no error event, but {other:?}\n{}", up.log()),
+        }
+    };
+    assert!(last["error"]["message"].is_string());
+    assert_eq!(up.wait().code(), Some(0), "{}", up.log());
+    // What is waited for is the drain of ten tokens, and no deadline (the shortest of them is 30 s).
+    assert!(begun.elapsed() < Duration::from_secs(20), "it took {:?}", begun.elapsed());
+}
+
+#[test]
+fn a_door_that_needs_keys_opens_to_a_new_one_at_once() {
+    let up = up_file("keys.required = true\n[models.smol]\nsource = \"{model}\"\n");
+    let ask = |key: Option<&str>| {
+        let body = chat("Hello.", 3).to_string();
+        let bearer = key.map_or(String::new(), |key| format!("authorization: Bearer {key}\r\n"));
+        let request = format!(
+            "POST {CHAT} HTTP/1.1\r\nhost: {}\r\nconnection: close\r\ncontent-type: application/json\r\n{bearer}content-length: {}\r\n\r\n{body}",
+            up.address,
+            body.len()
+        );
+        let mut stream = client::connect(up.address).unwrap();
+        std::io::Write::write_all(&mut stream, request.as_bytes()).unwrap();
+        client::read(stream).unwrap().status
+    };
+    assert_eq!((ask(None), ask(Some("sk-consort-wrong"))), (401, 401));
+    let made = up.consort(&["key", "create", "--name", "alice", "--requests-per-minute", "2", "--json"]);
+    let made: Value = serde_json::from_slice(&made.stdout).unwrap();
+    let secret = made["secret"].as_str().unwrap();
+    assert_eq!((ask(Some(secret)), ask(Some(secret)), ask(Some(secret))), (200, 200, 429));
+    assert_eq!(client::send(up.address, "GET", "/fleet", b"").unwrap().status, 401);
+    assert!(up.consort(&["key", "revoke", made["key"]["id"].as_str().unwrap()]).status.success());
+    assert_eq!(ask(Some(secret)), 401);
+}
+
+#[test]
 fn keys_and_status_reach_the_running_one_and_a_second_one_is_refused() {
     let up = up();
     let made = up.consort(&["key", "create", "--name", "alice", "--json"]);

@@ -88,7 +88,7 @@ impl Default for Timeouts {
         Timeouts {
             connect: Duration::from_secs(1),
             attempt: Duration::from_secs(60),
-            token: Duration::from_secs(10),
+            token: Duration::from_secs(20),
             route: Duration::from_secs(600),
             drain: Duration::from_secs(660),
             start: Duration::from_secs(300),

@@ -175,7 +175,7 @@ impl Director {
     }
 
     /// Tells the front door where requests may go.
-    fn publish(&self, routes: &[Route]) -> Result<()> {
+    pub(crate) fn publish(&self, routes: &[Route]) -> Result<()> {
         let fleet = fleet(&self.deployment, routes, &self.shared.replica_key);
         self.shared.door.set_fleet(&fleet).context("the front door refuses the fleet")
     }

@@ -16,7 +16,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
 
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Context, Result, anyhow, bail};
 use consort_api::deployment::Deployment;
 use consort_control::keeper::Keeper;
 use consort_control::store::Store;
@@ -43,6 +43,11 @@ pub(crate) struct Plan {
 
 /// Runs a deployment until told to stop.
 pub(crate) fn run(plan: Plan) -> Result<()> {
+    if plan.deployment.tls.is_some() {
+        bail!(
+            "[tls] can't be used yet: put a proxy that speaks TLS before the front door, and remove the section"
+        );
+    }
     let folder = environment::state_folder()?;
     let store = Arc::new(Store::open(&folder)?);
     let ended = consort_control::process::end_leftovers(&store)?;
@@ -128,9 +133,21 @@ async fn direct(
         _ = stopped => Ok(()),
     };
     keeper.stop().await;
-    let ended = ended.and(task.await.map_err(|_| anyhow!("the supervisor panicked")));
+    let mut task = task;
+    let mut routes = keeper.routes();
+    let stopped = loop {
+        tokio::select! {
+            stopped = &mut task => break stopped.map_err(|_| anyhow!("the supervisor panicked")),
+            // The door learns which replicas drain and which are gone, so that it keeps nobody waiting for one.
+            changed = routes.changed() => match changed {
+                Ok(()) => director.publish(&routes.borrow_and_update())?,
+                Err(_) => break (&mut task).await.map_err(|_| anyhow!("the supervisor panicked")),
+            },
+        }
+    };
+    director.publish(&[])?;
     drop(admin);
-    ended
+    ended.and(stopped)
 }
 
 /// The front door's settings.
@@ -144,7 +161,13 @@ fn settings(deployment: &Deployment) -> Settings {
     settings.replicas.connect_timeout = deployment.timeouts.connect;
     settings.replicas.silence_timeout = deployment.timeouts.token;
     settings.replicas.stalled_after = deployment.timeouts.step;
+    settings.replicas.max_pending = deployment.limits.pending as usize;
     settings.retries.attempts = deployment.retries.attempts;
+    settings.retries.budget.ratio = deployment.retries.budget;
+    settings.retries.budget.floor = deployment.retries.floor;
+    settings.hedging.enabled = deployment.hedging.enabled;
+    settings.hedging.after = deployment.hedging.after;
+    settings.hedging.budget = deployment.hedging.budget;
     settings.retries.wait = deployment.timeouts.attempt;
     settings
 }

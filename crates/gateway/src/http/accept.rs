@@ -19,6 +19,9 @@ use crate::Gateway;
 /// What open connections get to finish when the gateway ends.
 const CLOSING: Duration = Duration::from_secs(35);
 
+/// Connections at one time that are told so while the gateway ends.
+const LATE: usize = 64;
+
 /// The server's side of a gateway.
 pub(crate) struct Server {
     front: Arc<Front>,
@@ -42,16 +45,18 @@ impl Server {
     /// Accepts until `shutdown` completes, then waits for what runs.
     pub(crate) async fn run(&self, listener: &TcpListener, shutdown: impl Future<Output = ()>) {
         tokio::select! {
-            () = self.accept(listener) => {}
+            () = self.accept(listener, &self.places) => {}
             () = shutdown => {}
         }
         tracing::info!("draining");
         self.front.gateway.start_draining();
         self.closing.send_replace(true);
         let all = u32::try_from(self.most).unwrap_or(u32::MAX);
+        // Places of their own: accepting holds one while nobody comes, and would be waited for.
+        let late = Arc::new(Semaphore::new(LATE));
         tokio::select! {
             // Whoever comes now gets a 503 with Retry-After rather than a refused connection.
-            () = self.accept(listener) => {}
+            () = self.accept(listener, &late) => {}
             done = tokio::time::timeout(CLOSING, self.places.acquire_many(all)) => {
                 if done.is_err() {
                     tracing::warn!(left = self.most - self.places.available_permits(), "connections were cut");
@@ -60,10 +65,10 @@ impl Server {
         }
     }
 
-    async fn accept(&self, listener: &TcpListener) {
+    async fn accept(&self, listener: &TcpListener, places: &Arc<Semaphore>) {
         loop {
             // The semaphore is never closed.
-            let Ok(place) = self.places.clone().acquire_owned().await else { return };
+            let Ok(place) = places.clone().acquire_owned().await else { return };
             match listener.accept().await {
                 Ok((stream, peer)) => {
                     let (front, closing) = (self.front.clone(), self.closing.subscribe());

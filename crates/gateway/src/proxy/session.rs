@@ -510,7 +510,9 @@ impl Session {
             if now >= self.deadline {
                 return Err(Refusal::deadline());
             }
-            if now >= give_up {
+            // A gateway that ends waits for nobody to come back.
+            let ending = self.gateway.draining() && !self.version().replicas.iter().any(|r| r.is_up(now));
+            if now >= give_up || ending {
                 return Err(self.nobody());
             }
             // Woken where there is room, and now and then: a share grows with time, a breaker closes.
