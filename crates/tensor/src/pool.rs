@@ -6,6 +6,10 @@
 //! transfer. Who finds nothing to do for 60 µs parks, so an idle pool burns nothing, and a pool with more
 //! threads than the machine has cores parks at once, so that nobody spins on the core that another one needs.
 //!
+//! A share belongs to nobody until somebody takes it. A caller that has finished its own share takes those of workers
+//! that have not come yet: on a busy machine a thread may wait milliseconds for its core, and 150 times a token the
+//! others would wait with it.
+//!
 //! Cost, two threads on one socket: about 0.2 µs for an empty run while hot, one futex wake more when parked.
 
 use std::any::Any;
@@ -35,13 +39,14 @@ pub struct Pool {
     handles: Vec<JoinHandle<()>>,
 }
 
-/// One thread's place in a [`Pool::run`].
+/// One share of a [`Pool::run`].
 pub struct Worker<'a> {
-    /// This thread's number, `0..count`.
+    /// This share's number, `0..count`.
     pub rank: usize,
-    /// Threads that run this closure.
+    /// Shares in all.
     pub count: usize,
-    meeting: &'a Meeting,
+    /// Next index that [`Worker::claim`] hands out.
+    next: &'a AtomicUsize,
 }
 
 type Work = *const (dyn Fn(&Worker<'_>) + Sync);
@@ -50,40 +55,44 @@ type Work = *const (dyn Fn(&Worker<'_>) + Sync);
 #[repr(align(128))]
 struct Padded<T>(T);
 
-/// What a run's threads share beside the closure.
-struct Meeting {
-    /// Next index that [`Worker::claim`] hands out.
-    next: Padded<AtomicUsize>,
-    /// Threads that stand at the barrier.
-    arrived: Padded<AtomicUsize>,
-    /// Barriers passed so far.
-    passed: Padded<AtomicUsize>,
-    /// Some thread panicked: nobody may wait for it.
-    broken: AtomicBool,
-    spin: Duration,
+/// One worker's share of the current run, by epochs: who first moves `taken` to the epoch computes it.
+#[derive(Default)]
+struct Share {
+    taken: AtomicUsize,
+    done: AtomicUsize,
+}
+
+impl Share {
+    /// Whether the caller of this is the one to compute the share of run `epoch`.
+    fn take(&self, epoch: usize) -> bool {
+        // SeqCst: the winner sees what was written before the run began.
+        self.taken.compare_exchange(epoch.wrapping_sub(1), epoch, Ordering::SeqCst, Ordering::SeqCst).is_ok()
+    }
 }
 
 struct Shared {
     /// Runs so far; a change tells workers that `work` is new.
     epoch: Padded<AtomicUsize>,
     work: UnsafeCell<Option<Work>>,
-    /// Workers that have not finished the current run.
-    remaining: Padded<AtomicUsize>,
-    meeting: Meeting,
+    /// One for each worker.
+    shares: Vec<Padded<Share>>,
+    /// Next index that [`Worker::claim`] hands out.
+    next: Padded<AtomicUsize>,
     /// One flag a worker: it parks, or is about to.
     parked: Vec<Padded<AtomicBool>>,
     /// The caller parks, or is about to.
     caller_parked: AtomicBool,
     caller: Mutex<Option<Thread>>,
+    panicked: AtomicBool,
     panic: Mutex<Option<Box<dyn Any + Send>>>,
     stop: AtomicBool,
     threads: usize,
     spin: Duration,
 }
 
-// SAFETY: `work` is the one field that isn't Sync. It is written by the thread that holds `turn` while `remaining`
-// is 0, so no worker reads it then, and read by workers after they acquired the epoch that was released after the
-// write. What it points to is Sync.
+// SAFETY: `work` is the one field that isn't Sync. It is written by the thread that holds `turn` while every share of
+// the last run is done, and read by workers that have taken a share of the current one, which keeps the run from ending
+// and came after the write. What it points to is Sync.
 unsafe impl Sync for Shared {}
 // SAFETY: as above; the pointer is dereferenced only during the run that wrote it.
 unsafe impl Send for Shared {}
@@ -117,11 +126,12 @@ impl Pool {
         let shared = Arc::new(Shared {
             epoch: Padded(AtomicUsize::new(0)),
             work: UnsafeCell::new(None),
-            remaining: Padded(AtomicUsize::new(0)),
-            meeting: Meeting::new(spin),
+            shares: (1..threads).map(|_| Padded(Share::default())).collect(),
+            next: Padded(AtomicUsize::new(0)),
             parked: (1..threads).map(|_| Padded(AtomicBool::new(false))).collect(),
             caller_parked: AtomicBool::new(false),
             caller: Mutex::new(None),
+            panicked: AtomicBool::new(false),
             panic: Mutex::new(None),
             stop: AtomicBool::new(false),
             threads,
@@ -144,26 +154,25 @@ impl Pool {
         self.cpu
     }
 
-    /// Runs `work` once on every thread and returns when all have finished.
+    /// Runs `work` once for every share and returns when all have finished. Shares mostly run on as many threads at the
+    /// same time, but one thread may run several in turn, so none may wait for another.
     ///
     /// # Panics
-    /// With the first panic of any thread, after all have finished. The pool stays usable.
+    /// With the first panic of any share, after all have finished. The pool stays usable.
     pub fn run(&self, work: impl Fn(&Worker<'_>) + Sync) {
         if self.threads == 1 || INSIDE.get() {
-            let meeting = Meeting::new(Duration::ZERO);
-            return work(&Worker { rank: 0, count: 1, meeting: &meeting });
+            return work(&Worker { rank: 0, count: 1, next: &AtomicUsize::new(0) });
         }
         let turn = lock(&self.turn);
         let shared = &*self.shared;
         let work: &(dyn Fn(&Worker<'_>) + Sync) = &work;
-        // SAFETY: we hold `turn` and the last run has ended, so no worker reads `work`. Its lifetime is hidden,
-        // but it is used only until `remaining` is 0, which `run` waits for before it returns or unwinds.
+        // SAFETY: we hold `turn` and the last run has ended, so no worker reads `work`. Its lifetime is hidden, but it is
+        // used only by whom took a share, and `run` waits for those before it returns or unwinds.
         unsafe {
             *shared.work.get() = Some(std::mem::transmute::<&(dyn Fn(&Worker<'_>) + Sync), Work>(work))
         };
-        shared.meeting.reset();
-        shared.remaining.0.store(self.threads - 1, Ordering::Relaxed);
-        shared.epoch.0.fetch_add(1, Ordering::SeqCst);
+        shared.next.0.store(0, Ordering::Relaxed);
+        let epoch = shared.epoch.0.fetch_add(1, Ordering::SeqCst).wrapping_add(1);
         for (parked, handle) in shared.parked.iter().zip(&self.handles) {
             // SeqCst on both sides: either we see the flag, or the worker sees the epoch before it parks.
             if parked.0.load(Ordering::SeqCst) {
@@ -172,10 +181,17 @@ impl Pool {
         }
         INSIDE.set(true);
         shared.attempt(0, work);
+        for (index, share) in shared.shares.iter().enumerate() {
+            if share.0.take(epoch) {
+                shared.attempt(index + 1, work);
+                share.0.done.store(epoch, Ordering::SeqCst);
+            }
+        }
         INSIDE.set(false);
-        shared.wait_for_workers();
-        if shared.meeting.broken.load(Ordering::Relaxed) {
+        shared.wait_for_workers(epoch);
+        if shared.panicked.load(Ordering::SeqCst) {
             let panic = lock(&shared.panic).take();
+            shared.panicked.store(false, Ordering::SeqCst);
             drop(turn);
             if let Some(panic) = panic {
                 resume_unwind(panic);
@@ -197,24 +213,27 @@ impl Drop for Pool {
 }
 
 impl Shared {
-    /// A worker's life: wait for a new epoch, run its work, say so.
+    /// A worker's life: wait for a new epoch, compute its share unless the caller has taken it, say so.
     fn serve(&self, rank: usize) {
         INSIDE.set(true);
+        let share = &self.shares[rank - 1].0;
         let mut seen = 0;
         loop {
-            self.wait_for_epoch(rank, seen);
+            seen = self.wait_for_epoch(rank, seen);
             if self.stop.load(Ordering::SeqCst) {
                 return;
             }
-            seen += 1;
-            // SAFETY: written before the epoch that we acquired; the caller keeps both the pointer and the closure
-            // alive and unchanged until we decrement `remaining`.
+            if !share.take(seen) {
+                continue;
+            }
+            // SAFETY: the run whose share we took cannot end before we say so; its caller wrote `work` before it began
+            // and keeps both the pointer and the closure alive and unchanged until it has ended.
             if let Some(work) = unsafe { *self.work.get() } {
                 // SAFETY: as above.
                 self.attempt(rank, unsafe { &*work });
             }
-            if self.remaining.0.fetch_sub(1, Ordering::SeqCst) == 1
-                && self.caller_parked.load(Ordering::SeqCst)
+            share.done.store(seen, Ordering::SeqCst);
+            if self.caller_parked.load(Ordering::SeqCst)
                 && let Some(caller) = lock(&self.caller).as_ref()
             {
                 caller.unpark();
@@ -223,31 +242,31 @@ impl Shared {
     }
 
     fn attempt(&self, rank: usize, work: &(dyn Fn(&Worker<'_>) + Sync)) {
-        let worker = Worker { rank, count: self.threads, meeting: &self.meeting };
+        let worker = Worker { rank, count: self.threads, next: &self.next.0 };
         if let Err(panic) = catch_unwind(AssertUnwindSafe(|| work(&worker))) {
-            // The first to break the meeting is the one whose panic counts: later ones may follow from it.
             let mut first = lock(&self.panic);
-            if !self.meeting.broken.swap(true, Ordering::SeqCst) {
+            if !self.panicked.swap(true, Ordering::SeqCst) {
                 *first = Some(panic);
             }
         }
     }
 
-    fn wait_for_epoch(&self, rank: usize, seen: usize) {
+    /// Returns the first epoch after `seen` that it sees.
+    fn wait_for_epoch(&self, rank: usize, seen: usize) -> usize {
         let changed = || self.epoch.0.load(Ordering::SeqCst) != seen;
-        if spin_until(self.spin, changed) {
-            return;
+        if !spin_until(self.spin, changed) {
+            let parked = &self.parked[rank - 1].0;
+            parked.store(true, Ordering::SeqCst);
+            while !changed() {
+                thread::park();
+            }
+            parked.store(false, Ordering::SeqCst);
         }
-        let parked = &self.parked[rank - 1].0;
-        parked.store(true, Ordering::SeqCst);
-        while !changed() {
-            thread::park();
-        }
-        parked.store(false, Ordering::SeqCst);
+        self.epoch.0.load(Ordering::SeqCst)
     }
 
-    fn wait_for_workers(&self) {
-        let finished = || self.remaining.0.load(Ordering::SeqCst) == 0;
+    fn wait_for_workers(&self, epoch: usize) {
+        let finished = || self.shares.iter().all(|share| share.0.done.load(Ordering::SeqCst) == epoch);
         if spin_until(self.spin, finished) {
             return;
         }
@@ -257,24 +276,6 @@ impl Shared {
             thread::park();
         }
         self.caller_parked.store(false, Ordering::SeqCst);
-    }
-}
-
-impl Meeting {
-    fn new(spin: Duration) -> Meeting {
-        Meeting {
-            next: Padded(AtomicUsize::new(0)),
-            arrived: Padded(AtomicUsize::new(0)),
-            passed: Padded(AtomicUsize::new(0)),
-            broken: AtomicBool::new(false),
-            spin,
-        }
-    }
-
-    fn reset(&self) {
-        self.next.0.store(0, Ordering::Relaxed);
-        self.arrived.0.store(0, Ordering::Relaxed);
-        self.broken.store(false, Ordering::Relaxed);
     }
 }
 
@@ -295,33 +296,8 @@ impl Worker<'_> {
     /// The next index below `len` that no worker has claimed in this run, for work of uneven size. One counter a
     /// run: every claim of a run counts on it, so a run has one claimed loop.
     pub fn claim(&self, len: usize) -> Option<usize> {
-        let index = self.meeting.next.0.fetch_add(1, Ordering::Relaxed);
+        let index = self.next.fetch_add(1, Ordering::Relaxed);
         (index < len).then_some(index)
-    }
-
-    /// Waits until every worker of this run stands here. What each wrote before is visible to all after.
-    ///
-    /// # Panics
-    /// If another worker panicked, since it will never come.
-    pub fn barrier(&self) {
-        if self.count == 1 {
-            return;
-        }
-        let meeting = self.meeting;
-        let passed = meeting.passed.0.load(Ordering::Acquire);
-        if meeting.arrived.0.fetch_add(1, Ordering::AcqRel) + 1 == self.count {
-            meeting.arrived.0.store(0, Ordering::Relaxed);
-            meeting.passed.0.store(passed.wrapping_add(1), Ordering::Release);
-            return;
-        }
-        let through = || meeting.passed.0.load(Ordering::Acquire) != passed;
-        let broken = || meeting.broken.load(Ordering::Relaxed);
-        if !spin_until(meeting.spin, || through() || broken()) {
-            while !through() && !broken() {
-                thread::yield_now();
-            }
-        }
-        assert!(through(), "another worker panicked before the barrier");
     }
 }
 
@@ -446,8 +422,15 @@ mod tests {
     #[test]
     fn a_caller_that_parked_is_woken() {
         let pool = pool(2);
+        let begun = AtomicBool::new(false);
         pool.run(|w| {
-            if w.rank == 1 {
+            begun.fetch_or(w.rank == 1, Ordering::SeqCst);
+            if w.rank == 0 {
+                // Or the caller would do the other share itself.
+                while !begun.load(Ordering::SeqCst) {
+                    thread::yield_now();
+                }
+            } else {
                 while !pool.shared.caller_parked.load(Ordering::SeqCst) {
                     thread::yield_now();
                 }
@@ -475,30 +458,33 @@ mod tests {
     }
 
     #[test]
-    fn nobody_waits_at_a_barrier_for_a_thread_that_panicked() {
-        let pool = pool(2);
-        let panic = catch_unwind(AssertUnwindSafe(|| {
-            pool.run(|w| {
-                assert!(w.rank == 1, "the cause");
-                w.barrier();
-            })
-        }));
-        assert_eq!(panic.unwrap_err().downcast_ref::<&str>().unwrap(), &"the cause");
-        pool.run(|w| w.barrier());
+    fn a_share_is_taken_once() {
+        let share = Share::default();
+        assert!(!share.take(2), "of a run whose predecessor is not over");
+        assert!(share.take(1));
+        assert!(!share.take(1), "by a worker that comes late");
+        assert!(share.take(2));
+        assert!(!share.take(1), "by one that comes later still");
     }
 
     #[test]
-    fn barriers_order_writes_before_reads() {
-        let pool = pool(3);
-        let slots: Vec<_> = (0..3).map(|_| AtomicUsize::new(0)).collect();
-        pool.run(|w| {
-            for round in 1..=100 {
-                slots[w.rank].store(round, Ordering::Relaxed);
-                w.barrier();
-                assert!(slots.iter().all(|s| s.load(Ordering::Relaxed) == round));
-                w.barrier();
-            }
-        });
+    fn the_caller_does_the_shares_of_those_who_do_not_come() {
+        let mut pool = pool(2);
+        // The worker ends, and the pool doesn't know.
+        pool.shared.stop.store(true, Ordering::SeqCst);
+        let epoch = pool.shared.epoch.0.fetch_add(1, Ordering::SeqCst) + 1;
+        for handle in pool.handles.drain(..) {
+            handle.thread().unpark();
+            handle.join().unwrap();
+        }
+        pool.shared.shares[0].0.taken.store(epoch, Ordering::SeqCst);
+        let ranks = Mutex::new(Vec::new());
+        for _ in 0..3 {
+            lock(&ranks).clear();
+            pool.run(|w| lock(&ranks).push((w.rank, w.count, thread::current().id())));
+            let me = thread::current().id();
+            assert_eq!(*lock(&ranks), [(0, 2, me), (1, 2, me)]);
+        }
     }
 
     #[test]
@@ -538,13 +524,13 @@ mod tests {
 
     #[test]
     fn splits_cover_the_range_once_in_whole_grains() {
-        let meeting = Meeting::new(Duration::ZERO);
+        let next = AtomicUsize::new(0);
         for (len, grain, count) in
             [(0, 16, 2), (1, 16, 2), (576, 16, 2), (100, 7, 3), (5, 1, 8), (49152, 32, 3)]
         {
             let mut at = 0;
             for rank in 0..count {
-                let part = Worker { rank, count, meeting: &meeting }.split(len, grain);
+                let part = Worker { rank, count, next: &next }.split(len, grain);
                 assert_eq!(part.start, at);
                 assert!(part.end == len || part.end.is_multiple_of(grain));
                 at = part.end;
