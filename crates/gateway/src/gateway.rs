@@ -17,9 +17,12 @@ use crate::fleet::{FleetError, Registry};
 use crate::http::accept::Server;
 use crate::http::body::Body;
 use crate::http::guard::is_loopback;
+use crate::http::tls::Tls;
 use crate::keys::{KeyError, Keys};
 use crate::policy::budget::Budget;
 use crate::policy::hedge::Purse;
+use crate::policy::idempotency::Idempotency;
+use crate::proxy::{Held, Recording};
 use crate::settings::Settings;
 use crate::telemetry::Telemetry;
 
@@ -31,6 +34,9 @@ pub struct Gateway {
     pub(crate) telemetry: Arc<Telemetry>,
     budget: Mutex<Budget>,
     purse: Mutex<Purse>,
+    idempotency: Mutex<Idempotency<Arc<Recording>>>,
+    pub(crate) held: Arc<Held>,
+    tls: OnceLock<Tls>,
     pub(crate) extra: OnceLock<Box<dyn Extra>>,
     draining: AtomicBool,
 }
@@ -73,6 +79,9 @@ impl Gateway {
             telemetry: Arc::new(Telemetry::new()),
             budget: Mutex::default(),
             purse: Mutex::default(),
+            idempotency: Mutex::default(),
+            held: Arc::default(),
+            tls: OnceLock::new(),
             extra: OnceLock::new(),
             draining: AtomicBool::new(false),
         })
@@ -116,6 +125,19 @@ impl Gateway {
 
     pub(crate) fn purse(&self) -> MutexGuard<'_, Purse> {
         self.purse.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn idempotency(&self) -> MutexGuard<'_, Idempotency<Arc<Recording>>> {
+        self.idempotency.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Speaks TLS on its socket. To be set once, before [`Gateway::serve`]; later calls change nothing.
+    pub fn set_tls(&self, tls: Tls) {
+        let _ = self.tls.set(tls);
+    }
+
+    pub(crate) fn tls(&self) -> Option<&Tls> {
+        self.tls.get()
     }
 
     /// Answers further paths. To be set once, before [`Gateway::serve`]; later calls change nothing.

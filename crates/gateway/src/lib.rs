@@ -27,9 +27,10 @@ pub use discovery::Discovery;
 pub use fleet::FleetError;
 pub use gateway::{Answering, Extra, Gateway, ServeError};
 pub use http::body::Body;
+pub use http::tls::{Tls, TlsError};
 pub use keys::KeyError;
 pub use proxy::upstream::AddressError;
 pub use settings::{
-    BreakerSettings, BudgetSettings, ClientSettings, HedgeSettings, OutlierSettings, ReplicaSettings,
-    RetrySettings, Settings,
+    BreakerSettings, BudgetSettings, ClientSettings, HedgeSettings, IdempotencySettings, OutlierSettings,
+    ReplicaSettings, RetrySettings, Settings,
 };

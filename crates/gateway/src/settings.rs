@@ -7,6 +7,7 @@ use consort_base::Backoff;
 pub use crate::policy::breaker::BreakerSettings;
 pub use crate::policy::budget::BudgetSettings;
 pub use crate::policy::hedge::HedgeSettings;
+pub use crate::policy::idempotency::IdempotencySettings;
 pub use crate::policy::outlier::OutlierSettings;
 
 /// How a gateway runs. The defaults are safe on a loopback address.
@@ -18,6 +19,8 @@ pub struct Settings {
     pub replicas: ReplicaSettings,
     /// How often a request is tried.
     pub retries: RetrySettings,
+    /// How long answers are kept for repeats of their requests.
+    pub idempotency: IdempotencySettings,
     /// Whether a slow first token is asked for twice.
     pub hedging: HedgeSettings,
 }
@@ -49,6 +52,8 @@ pub struct ClientSettings {
     pub request_timeout: Duration,
     /// A comment on a stream that has been silent for this long, so that proxies keep it open.
     pub keep_alive: Duration,
+    /// A stream whose client is gone can be taken up again for this long; 0 for not at all.
+    pub resume_window: Duration,
 }
 
 /// How replicas are watched.
@@ -108,6 +113,7 @@ impl Default for ClientSettings {
             write_timeout: Duration::from_secs(30),
             request_timeout: Duration::from_secs(600),
             keep_alive: Duration::from_secs(15),
+            resume_window: Duration::from_secs(60),
         }
     }
 }

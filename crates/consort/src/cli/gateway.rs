@@ -5,7 +5,7 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use clap::Args;
 use consort_api::{ApiKeyRecord, FleetReplica, KeyLimits, Numerics};
-use consort_gateway::{Discovery, Gateway as Door, Settings};
+use consort_gateway::{Discovery, Gateway as Door, Settings, Tls};
 
 use crate::cli::UsageError;
 use crate::listen::{Bound, Listen, Origin};
@@ -35,6 +35,18 @@ pub(crate) struct Gateway {
     /// A stream without a byte for this long is continued on another replica
     #[arg(long, value_name = "MILLISECONDS", default_value_t = 20_000, value_parser = clap::value_parser!(u64).range(50..=3_600_000))]
     silence_timeout: u64,
+    /// PEM file with the TLS certificate chain; needs --tls-key
+    #[arg(long, value_name = "FILE", requires = "tls_key")]
+    tls_cert: Option<std::path::PathBuf>,
+    /// PEM file with the certificate's private key
+    #[arg(long, value_name = "FILE", requires = "tls_cert")]
+    tls_key: Option<std::path::PathBuf>,
+    /// TLS with a certificate made at this start, for trying out
+    #[arg(long, conflicts_with = "tls_cert")]
+    tls_self_signed: bool,
+    /// Ask a second replica where the first token takes longer than this (at most 5 in 100 requests)
+    #[arg(long, value_name = "MILLISECONDS", value_parser = clap::value_parser!(u64).range(1..=3_600_000))]
+    hedge_after: Option<u64>,
     /// Host name under which a gateway without a key may be reached beside loopback's (behind a proxy); repeatable
     #[arg(long = "allow-host", value_name = "HOST")]
     allowed_hosts: Vec<String>,
@@ -54,12 +66,21 @@ impl Gateway {
         settings.replicas.silence_timeout = Duration::from_millis(self.silence_timeout);
         settings.clients.allowed_hosts = self.allowed_hosts.clone();
         settings.clients.allowed_origins = self.allowed_origins.clone();
+        if let Some(after) = self.hedge_after {
+            settings.hedging.enabled = true;
+            settings.hedging.after = Duration::from_millis(after);
+        }
+        let tls = self.tls()?;
         let bound = self.listen.bind()?;
         if bound.moved {
             let port = bound.address.port();
             note(&format!("port {} is taken; using {port}", crate::listen::DEFAULT_PORT));
         }
         let door = Door::new(settings);
+        let secure = tls.is_some();
+        if let Some(tls) = tls {
+            door.set_tls(tls);
+        }
         if let Some(key) = &bound.key {
             let record = ApiKeyRecord {
                 id: "default".to_owned(),
@@ -79,7 +100,7 @@ impl Gateway {
         let mut ended = Ok(());
         runtime.block_on(async {
             let stop = async { ended = signals::stop().await.context("can't listen for signals") };
-            self.print(&bound)?;
+            self.print(&bound, secure)?;
             let listener = tokio::net::TcpListener::from_std(bound.listener)
                 .context("can't watch the listening socket")?;
             tokio::spawn(discovery.run(door.clone()));
@@ -102,8 +123,24 @@ impl Gateway {
             .map_err(|e| UsageError(format!("--upstream: {e}")).into())
     }
 
-    fn print(&self, bound: &Bound) -> Result<()> {
+    fn tls(&self) -> Result<Option<Tls>> {
+        let read = |path: &std::path::Path| {
+            std::fs::read(path).with_context(|| format!("can't read {}", path.display()))
+        };
+        Ok(match (&self.tls_cert, &self.tls_key) {
+            (Some(chain), Some(key)) => Some(Tls::new(&read(chain)?, &read(key)?)?),
+            _ if self.tls_self_signed => {
+                let mut names = vec!["localhost".to_owned(), "127.0.0.1".to_owned(), "::1".to_owned()];
+                names.extend(self.allowed_hosts.iter().cloned());
+                Some(Tls::self_signed(&names)?)
+            }
+            _ => None,
+        })
+    }
+
+    fn print(&self, bound: &Bound, secure: bool) -> Result<()> {
         let url = bound.url();
+        let url = if secure { url.replacen("http://", "https://", 1) } else { url };
         if self.json {
             return Ok(line(serde_json::json!({
                 "url": url, "address": bound.address.to_string(), "upstreams": self.upstreams,

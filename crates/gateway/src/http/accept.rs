@@ -9,6 +9,7 @@ use std::time::Duration;
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Semaphore, watch};
 
@@ -21,6 +22,9 @@ const CLOSING: Duration = Duration::from_secs(35);
 
 /// Connections at one time that are told so while the gateway ends.
 const LATE: usize = 64;
+
+/// A TLS handshake must be over within this; half-open ones cost a place each, and no longer.
+const HANDSHAKE: Duration = Duration::from_secs(5);
 
 /// The server's side of a gateway.
 pub(crate) struct Server {
@@ -73,7 +77,7 @@ impl Server {
                 Ok((stream, peer)) => {
                     let (front, closing) = (self.front.clone(), self.closing.subscribe());
                     tokio::spawn(async move {
-                        serve(front, stream, peer, closing).await;
+                        open(front, stream, peer, closing).await;
                         drop(place);
                     });
                 }
@@ -87,11 +91,25 @@ impl Server {
     }
 }
 
-async fn serve(front: Arc<Front>, stream: TcpStream, peer: SocketAddr, mut closing: watch::Receiver<bool>) {
+async fn open(front: Arc<Front>, stream: TcpStream, peer: SocketAddr, closing: watch::Receiver<bool>) {
     // Tokens are small writes that must not wait for each other.
     if let Err(error) = stream.set_nodelay(true) {
         tracing::debug!(%error, "TCP_NODELAY");
     }
+    let Some(tls) = front.gateway.tls() else { return serve(front, stream, peer, closing).await };
+    match tokio::time::timeout(HANDSHAKE, tls.acceptor().accept(stream)).await {
+        Ok(Ok(stream)) => serve(front, stream, peer, closing).await,
+        Ok(Err(error)) => tracing::debug!(%peer, %error, "TLS handshake failed"),
+        Err(_) => tracing::debug!(%peer, "TLS handshake took too long"),
+    }
+}
+
+async fn serve<S: AsyncRead + AsyncWrite + Unpin>(
+    front: Arc<Front>,
+    stream: S,
+    peer: SocketAddr,
+    mut closing: watch::Receiver<bool>,
+) {
     let settings = &front.gateway.settings.clients;
     let socket = TokioIo::new(Timed::new(stream, settings.write_timeout));
     let mut builder = http1::Builder::new();

@@ -10,14 +10,17 @@ use hyper::header::{
 use hyper::{Request, Response, StatusCode};
 
 use super::body::Body;
-use super::front::{Context, Front, REQUEST_ID, Recorded, json};
+use super::front::{Context, Front, REQUEST_ID, Recorded, json, refused};
 use super::read;
+use super::repeats::{self, Repeat};
+use crate::Gateway;
 use crate::error::{Outcome, Refusal};
 use crate::fleet::Model;
 use crate::keys::Key;
 use crate::policy::canary;
+use crate::policy::idempotency::Id;
 use crate::proxy::call::{Call, Shape};
-use crate::proxy::{self, Opening, Refused, Session};
+use crate::proxy::{self, Head, Opening, Recording, Refused, Session, Stream};
 use crate::trace::TRACEPARENT;
 
 const SEED: HeaderName = HeaderName::from_static("x-seed");
@@ -63,7 +66,52 @@ impl Front {
         let version = canary::choose(canary::mix(0, &client), shares).ok_or_else(|| {
             Refusal::unavailable(format!("no version of {:?} has a weight above 0", model.name))
         })?;
-        if let Some(key) = &key {
+        if call.stream
+            && let Some(receiver) =
+                repeats::take_up(&self.gateway, &parts.headers, &client, &call, context).await?
+        {
+            context.record.streaming();
+            return Ok(events(Body::events(receiver)));
+        }
+        let repeat = repeats::repeat(&self.gateway, &parts.headers, &client, &call)?;
+        if let Repeat::Again(recording) = &repeat {
+            return repeats::replay(recording, &parts.headers, context, true).await;
+        }
+        let session = self.session(call, model, version, (client, weight), key.as_deref(), context);
+        let mut response = match (session, repeat) {
+            (Ok(session), Repeat::First(id, recording)) => {
+                if session.call.stream {
+                    context.record.streaming();
+                }
+                tokio::spawn(record(self.gateway.clone(), session, id, recording.clone()));
+                repeats::replay(&recording, &parts.headers, context, false).await?
+            }
+            (Ok(session), _) => self.give(session, context).await?,
+            (Err(refusal), repeat) => {
+                if let Repeat::First(id, recording) = repeat {
+                    self.gateway.idempotency().forget(&id);
+                    recording.end();
+                }
+                return Err(refusal);
+            }
+        };
+        if let Some(key) = key {
+            key.headers(Instant::now(), response.headers_mut());
+        }
+        Ok(response)
+    }
+
+    /// A request whose key's limits allow it, ready to go.
+    fn session(
+        &self,
+        call: Arc<Call>,
+        model: Arc<Model>,
+        version: usize,
+        client: (String, u32),
+        key: Option<&Key>,
+        context: &mut Context,
+    ) -> Outcome<Box<Session>> {
+        if let Some(key) = key {
             let estimate = call.prompt_tokens() + call.answer_tokens();
             key.take(Instant::now(), estimate)?;
             context.record.charged = Some(estimate);
@@ -71,19 +119,17 @@ impl Front {
         let mut headers = HeaderMap::new();
         headers.insert(REQUEST_ID, context.record.request_id.clone());
         headers.insert(TRACEPARENT, context.trace.header());
-        let mut session = Session::new(
-            self.gateway.clone(),
-            proxy::Request {
-                call,
-                model,
-                version,
-                headers,
-                deadline: context.deadline,
-                key: (client, weight),
-                tally: context.record.tally.clone(),
-            },
-        );
-        let mut response = match session.open().await? {
+        let tally = context.record.tally.clone();
+        let request =
+            proxy::Request { call, model, version, headers, deadline: context.deadline, key: client, tally };
+        Ok(Box::new(Session::new(self.gateway.clone(), request)))
+    }
+
+    /// The answer, as its client wants it.
+    async fn give(&self, mut session: Box<Session>, context: &mut Context) -> Outcome<Response<Body>> {
+        let opening = session.open().await?;
+        let seed = session.seed.clone();
+        let mut response = match opening {
             Opening::Refused(refused) => passed_on(*refused),
             Opening::Whole(foreign) => {
                 let (head, body) = foreign.response.into_parts();
@@ -91,30 +137,17 @@ impl Front {
                 copy(&head.headers, response.headers_mut(), &[CONTENT_TYPE, CONTENT_LENGTH, SEED]);
                 response
             }
-            Opening::Stream => {
-                let seed = session.seed.clone();
-                let mut response = if session.call.stream {
-                    context.record.streaming();
-                    let mut response = Response::new(Body::events(proxy::stream(session)));
-                    let headers = response.headers_mut();
-                    headers
-                        .insert(CONTENT_TYPE, HeaderValue::from_static("text/event-stream; charset=utf-8"));
-                    headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-cache"));
-                    // Asks proxies of nginx's kind not to collect the stream.
-                    headers
-                        .insert(HeaderName::from_static("x-accel-buffering"), HeaderValue::from_static("no"));
-                    response
-                } else {
-                    json(StatusCode::OK, proxy::whole(session).await?)
-                };
-                if let Some(seed) = seed {
-                    response.headers_mut().insert(SEED, seed);
-                }
-                response
+            Opening::Stream if session.call.stream => {
+                context.record.streaming();
+                let owner = (session.client().to_owned(), repeats::body_hash(&session.call));
+                let stream = Box::new(Stream::new(*session, owner));
+                let window = self.gateway.settings.clients.resume_window;
+                events(Body::events(stream.start(self.gateway.held.clone(), Vec::new(), window)))
             }
+            Opening::Stream => json(StatusCode::OK, proxy::whole(*session).await?),
         };
-        if let Some(key) = key {
-            key.headers(Instant::now(), response.headers_mut());
+        if let Some(seed) = seed {
+            response.headers_mut().insert(SEED, seed);
         }
         Ok(response)
     }
@@ -148,6 +181,70 @@ impl Front {
             },
         }
     }
+}
+
+/// Gives an answer into a recording, whether its first client stays or not.
+async fn record(gateway: Arc<Gateway>, mut session: Box<Session>, id: Id, recording: Arc<Recording>) {
+    let refuse = |refusal: &Refusal| {
+        let response = refused(refusal);
+        recording.begin(Head { status: refusal.status, headers: response.headers().clone() });
+        recording.push(refusal.body());
+        false
+    };
+    let complete = match session.open().await {
+        Err(refusal) => refuse(&refusal),
+        Ok(Opening::Refused(refused)) => {
+            let response = passed_on(Refused { body: Default::default(), ..(*refused).clone() });
+            recording.begin(Head { status: refused.status, headers: response.headers().clone() });
+            recording.push(refused.body);
+            false
+        }
+        Ok(Opening::Whole(_)) => refuse(&Refusal::new(
+            StatusCode::BAD_GATEWAY,
+            "bad_gateway",
+            "the upstream is no replica: it doesn't stream",
+        )),
+        Ok(Opening::Stream) => {
+            let mut response = if session.call.stream {
+                events(Body::empty())
+            } else {
+                json(StatusCode::OK, Default::default())
+            };
+            if let Some(seed) = session.seed.clone() {
+                response.headers_mut().insert(SEED, seed);
+            }
+            let head = Head { status: StatusCode::OK, headers: response.headers().clone() };
+            if session.call.stream {
+                recording.begin(head);
+                Box::new(Stream::new(*session, Default::default())).record(&recording).await
+            } else {
+                match proxy::whole(*session).await {
+                    Ok(body) => {
+                        recording.begin(head);
+                        recording.push(body);
+                        true
+                    }
+                    Err(refusal) => refuse(&refusal),
+                }
+            }
+        }
+    };
+    match recording.end().filter(|_| complete) {
+        Some(bytes) => gateway.idempotency().done(&id, bytes, &gateway.settings.idempotency),
+        // What failed may be tried again under the same key.
+        None => gateway.idempotency().forget(&id),
+    }
+}
+
+/// A response of server-sent events.
+fn events(body: Body) -> Response<Body> {
+    let mut response = Response::new(body);
+    let headers = response.headers_mut();
+    headers.insert(CONTENT_TYPE, HeaderValue::from_static("text/event-stream; charset=utf-8"));
+    headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-cache"));
+    // Asks proxies of nginx's kind not to collect the stream.
+    headers.insert(HeaderName::from_static("x-accel-buffering"), HeaderValue::from_static("no"));
+    response
 }
 
 /// A replica's refusal, as it came.

@@ -6,4 +6,6 @@ pub(crate) mod body;
 pub(crate) mod front;
 pub(crate) mod guard;
 pub(crate) mod read;
+mod repeats;
 mod socket;
+pub(crate) mod tls;

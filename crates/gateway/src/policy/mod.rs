@@ -8,6 +8,7 @@ pub(crate) mod budget;
 pub(crate) mod canary;
 pub(crate) mod fair;
 pub(crate) mod hedge;
+pub(crate) mod idempotency;
 pub(crate) mod limits;
 pub(crate) mod liveness;
 pub(crate) mod outlier;

@@ -192,6 +192,11 @@ impl Call {
         out.freeze()
     }
 
+    /// The body as the client sent it.
+    pub(crate) fn body(&self) -> &Bytes {
+        &self.body
+    }
+
     /// The prompt's JSON.
     pub(crate) fn prompt_text(&self) -> &[u8] {
         &self.body[self.prompt.clone()]

@@ -3,7 +3,9 @@
 mod attempt;
 pub(crate) mod call;
 pub(crate) mod chunk;
+mod held;
 mod progress;
+mod recording;
 mod session;
 mod sse;
 mod stream;
@@ -11,8 +13,10 @@ pub(crate) mod upstream;
 mod whole;
 
 pub(crate) use attempt::Refused;
+pub(crate) use held::Held;
+pub(crate) use recording::{Head, Recording};
 pub(crate) use session::{Opening, Request, Session};
-pub(crate) use stream::start as stream;
+pub(crate) use stream::{Receiver, Stream};
 pub(crate) use whole::answer as whole;
 
 /// 64 bits that an outsider can't guess: `RandomState` is keyed by the system's generator.

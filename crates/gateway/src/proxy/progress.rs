@@ -105,6 +105,11 @@ impl Progress {
         self.choices.iter().map(|choice| choice.ids.as_slice())
     }
 
+    /// Bytes of memory it holds.
+    pub(crate) fn bytes(&self) -> usize {
+        self.choices.iter().map(|choice| size_of::<Said>() + choice.ids.capacity() * 4).sum()
+    }
+
     /// Notes the class of a replica that has a part in the answer.
     pub(crate) fn note_class(&mut self, class: &str) {
         if self.classes.last().is_none_or(|last| last != class) {

@@ -152,6 +152,11 @@ impl Session {
         let _ = self.tally.place.set(Place { model, version: version.name.clone(), stats });
     }
 
+    /// Whose it is.
+    pub(crate) fn client(&self) -> &str {
+        &self.key.0
+    }
+
     /// How long a client's stream may be silent.
     pub(crate) fn keep_alive(&self) -> Duration {
         self.gateway.settings.clients.keep_alive
@@ -164,6 +169,33 @@ impl Session {
     /// The class of the answer's last part.
     pub(crate) fn fingerprint(&self) -> Option<&str> {
         self.progress.classes.last().map(String::as_str)
+    }
+
+    /// Its client is gone: lets go of everything but what it takes to go on.
+    pub(crate) fn suspend(&mut self) {
+        (self.attempt, self.running, self.permit) = (None, None, None);
+        (self.tries, self.hedged, self.moved) = (0, true, false);
+        self.failed.clear();
+    }
+
+    /// Its client is back.
+    pub(crate) fn resume(&mut self, deadline: Instant, tally: Arc<Tally>) {
+        self.deadline = deadline;
+        tally.prompt_tokens.store(self.call.prompt_tokens(), Ordering::Relaxed);
+        self.tally = tally;
+        self.news = None;
+        (self.arrived, self.began) = (Instant::now(), Instant::now());
+        self.note_place();
+    }
+
+    /// Its client has all of it.
+    pub(crate) fn is_complete(&self) -> bool {
+        self.tally.complete.load(Ordering::Relaxed)
+    }
+
+    /// Bytes of memory it keeps, about.
+    pub(crate) fn bytes(&self) -> usize {
+        self.call.body().len() + self.progress.bytes()
     }
 
     /// Its stream broke off with an error.
@@ -496,6 +528,12 @@ impl Session {
                 }
                 return Ok(replica);
             }
+            if turn && !self.failed.is_empty() {
+                // None is left that hasn't failed this request: those that have get another turn, after a pause.
+                self.failed.clear();
+                tokio::time::sleep(self.gateway.settings.retries.backoff.delay(self.tries, random())).await;
+                continue;
+            }
             if fresh && place.is_none() {
                 place = Some(self.enter()?);
             }
@@ -546,13 +584,9 @@ impl Session {
         true
     }
 
-    /// Between two tries: for the budget's sake, and where everyone had a turn.
+    /// Before a retry: until the budget has room for it.
     async fn pause(&mut self) -> Result<(), Refusal> {
         let retries = self.gateway.settings.retries.clone();
-        if self.failed.len() >= self.version().replicas.len() {
-            self.failed.clear();
-            tokio::time::sleep(retries.backoff.delay(self.tries, random())).await;
-        }
         if self.progress.begun() {
             return Ok(());
         }

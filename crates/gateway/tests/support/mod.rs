@@ -1,0 +1,323 @@
+//! A gateway in this process, before replicas that are scripts: they answer as real ones do (any continuation has the
+//! same bytes), and fail when told.
+
+#![allow(dead_code)] // Not every test file uses all of it.
+
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use consort_api::{Fleet, FleetModel, FleetReplica, FleetVersion, Numerics};
+use consort_gateway::{Gateway, Settings};
+use serde_json::{Value, json};
+use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::Notify;
+
+/// What a replica does with the next request for an answer.
+#[derive(Clone, Debug)]
+pub(crate) enum Act {
+    /// Answers, after this many milliseconds.
+    Late(u64),
+    /// Sends this many events of the stream and breaks off.
+    Break(usize),
+    /// Answers with this status and code.
+    Status(u16, &'static str),
+    /// Sends this many events and then waits to be told to go on.
+    Hold(usize),
+}
+
+/// A scripted replica.
+pub(crate) struct Replica {
+    pub(crate) address: SocketAddr,
+    pub(crate) fingerprint: &'static str,
+    /// Taken one a request; after the last one it answers.
+    pub(crate) acts: Mutex<Vec<Act>>,
+    /// Requests for answers that came, as JSON, with their heads.
+    pub(crate) asked: Mutex<Vec<(String, Value)>>,
+    pub(crate) finished: AtomicU64,
+    pub(crate) go_on: Notify,
+}
+
+impl Replica {
+    pub(crate) async fn start(fingerprint: &'static str) -> Arc<Replica> {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let replica = Arc::new(Replica {
+            address: listener.local_addr().unwrap(),
+            fingerprint,
+            acts: Mutex::default(),
+            asked: Mutex::default(),
+            finished: AtomicU64::new(0),
+            go_on: Notify::new(),
+        });
+        let serving = replica.clone();
+        tokio::spawn(async move {
+            while let Ok((stream, _)) = listener.accept().await {
+                let replica = serving.clone();
+                tokio::spawn(async move { replica.serve(stream).await });
+            }
+        });
+        replica
+    }
+
+    pub(crate) fn act(&self, act: Act) {
+        self.acts.lock().unwrap().push(act);
+    }
+
+    pub(crate) fn count(&self) -> usize {
+        self.asked.lock().unwrap().len()
+    }
+
+    async fn serve(&self, stream: TcpStream) -> Option<()> {
+        let mut stream = BufReader::new(stream);
+        loop {
+            let mut head = String::new();
+            while !head.ends_with("\r\n\r\n") {
+                if stream.read_line(&mut head).await.ok()? == 0 {
+                    return None;
+                }
+            }
+            let length = head
+                .lines()
+                .find_map(|l| l.to_ascii_lowercase().strip_prefix("content-length: ").map(str::to_owned))
+                .map_or(0, |l| l.parse().unwrap());
+            let mut body = vec![0; length];
+            stream.read_exact(&mut body).await.ok()?;
+            if head.starts_with("POST") {
+                let body: Value = serde_json::from_slice(&body).unwrap();
+                self.asked.lock().unwrap().push((head.clone(), body.clone()));
+                let act = {
+                    let mut acts = self.acts.lock().unwrap();
+                    if acts.is_empty() { None } else { Some(acts.remove(0)) }
+                };
+                self.answer(&mut stream, &body, act).await?;
+                self.finished.fetch_add(1, Ordering::SeqCst);
+            } else if head.starts_with("GET /ready") {
+                let ready = json!({"status": "ready", "model": "m", "system_fingerprint": self.fingerprint});
+                respond(&mut stream, 200, &ready).await?;
+            } else {
+                let card = json!({"id": "m", "object": "model", "created": 1, "owned_by": "x", "max_model_len": 512, "system_fingerprint": self.fingerprint});
+                respond(&mut stream, 200, &json!({"object": "list", "data": [card]})).await?;
+            }
+        }
+    }
+
+    async fn answer(&self, stream: &mut BufReader<TcpStream>, body: &Value, act: Option<Act>) -> Option<()> {
+        let mut events = events(body, self.fingerprint);
+        match act {
+            Some(Act::Late(ms)) => tokio::time::sleep(Duration::from_millis(ms)).await,
+            Some(Act::Status(status, code)) => {
+                let error = json!({"error": {"message": code, "type": "x", "param": null, "code": code}});
+                return respond(stream, status, &error).await;
+            }
+            Some(Act::Break(count)) => {
+                let head = "HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\nx-seed: 7\r\ntransfer-encoding: chunked\r\n\r\n";
+                stream.write_all(head.as_bytes()).await.ok()?;
+                for event in events.drain(..count.min(events.len())) {
+                    chunk(stream, &event).await?;
+                }
+                return None;
+            }
+            _ => {}
+        }
+        let head = "HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\nx-seed: 7\r\ntransfer-encoding: chunked\r\n\r\n";
+        stream.write_all(head.as_bytes()).await.ok()?;
+        for (i, event) in events.iter().enumerate() {
+            if matches!(act, Some(Act::Hold(count)) if count == i) {
+                self.go_on.notified().await;
+            }
+            chunk(stream, event).await?;
+        }
+        stream.write_all(b"0\r\n\r\n").await.ok()
+    }
+}
+
+async fn chunk(stream: &mut BufReader<TcpStream>, event: &str) -> Option<()> {
+    stream.write_all(format!("{:x}\r\n{event}\r\n", event.len()).as_bytes()).await.ok()?;
+    stream.flush().await.ok()
+}
+
+async fn respond(stream: &mut BufReader<TcpStream>, status: u16, body: &Value) -> Option<()> {
+    let body = body.to_string();
+    let head = format!(
+        "HTTP/1.1 {status} X\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n",
+        body.len()
+    );
+    stream.write_all((head + &body).as_bytes()).await.ok()
+}
+
+/// The answer to any request: `max_tokens` words, the ids 100, 101, …, behind what was emitted.
+fn events(body: &Value, fingerprint: &str) -> Vec<String> {
+    let (id, created) = (&body["consort"]["id"], &body["consort"]["created"]);
+    let head = |choices: Value, usage: Value| {
+        let json = json!({"id": id, "object": "chat.completion.chunk", "created": created, "model": "m",
+            "system_fingerprint": fingerprint, "choices": choices, "usage": usage});
+        format!("data: {json}\n\n")
+    };
+    let total = body["max_tokens"].as_u64().unwrap_or(5);
+    let said = body["consort"]["choices"][0].as_array().map_or(0, |ids| ids.len() as u64);
+    let mut events = Vec::new();
+    let choice =
+        |delta: Value| json!([{"index": 0, "delta": delta, "logprobs": null, "finish_reason": null}]);
+    if said == 0 {
+        events.push(head(choice(json!({"role": "assistant", "content": ""})), Value::Null));
+    }
+    for i in said..total {
+        let mut choices = choice(json!({"content": format!("w{i} ")}));
+        choices[0]["token_ids"] = json!([100 + i]);
+        if i + 1 == total {
+            choices[0]["finish_reason"] = json!("length");
+        }
+        events.push(head(choices, Value::Null));
+    }
+    events.push(head(
+        json!([]),
+        json!({"prompt_tokens": 3, "completion_tokens": total, "total_tokens": total + 3}),
+    ));
+    events.push("data: [DONE]\n\n".to_owned());
+    events
+}
+
+/// A gateway on a port of its own.
+pub(crate) struct Door {
+    pub(crate) gateway: Arc<Gateway>,
+    pub(crate) address: SocketAddr,
+}
+
+/// Settings with short times.
+pub(crate) fn settings() -> Settings {
+    let mut settings = Settings::default();
+    settings.replicas.probe_interval = Duration::from_millis(20);
+    settings.retries.wait = Duration::from_secs(2);
+    settings
+}
+
+/// The fleet of one model, `m`, with these replicas.
+pub(crate) fn fleet(replicas: &[Arc<Replica>], numerics: Numerics) -> Fleet {
+    let replicas = replicas
+        .iter()
+        .enumerate()
+        .map(|(i, replica)| FleetReplica {
+            id: format!("r{i}"),
+            url: format!("http://{}", replica.address),
+            key: Some("replica-secret".to_owned()),
+            slow_start_ms: 0,
+            draining: false,
+        })
+        .collect();
+    let version = FleetVersion { name: "stable".to_owned(), weight: 1, numerics, replicas };
+    Fleet {
+        models: vec![FleetModel {
+            name: "m".to_owned(),
+            aliases: vec!["alias".to_owned()],
+            versions: vec![version],
+        }],
+    }
+}
+
+/// Starts a gateway and waits until all replicas are known to be ready.
+pub(crate) async fn door(settings: Settings, fleet: &Fleet) -> Door {
+    let gateway = Gateway::new(settings);
+    gateway.set_fleet(fleet).unwrap();
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    tokio::spawn(gateway.clone().serve(listener, std::future::pending()));
+    let ready = || {
+        let snapshot = gateway.snapshot();
+        let mut replicas = snapshot.models.iter().flat_map(|m| &m.versions).flat_map(|v| &v.replicas);
+        replicas.all(|replica| replica.report.is_some())
+    };
+    while !ready() {
+        tokio::time::sleep(Duration::from_millis(2)).await;
+    }
+    Door { gateway, address }
+}
+
+/// A response.
+#[derive(Debug)]
+pub(crate) struct Response {
+    pub(crate) status: u16,
+    pub(crate) head: String,
+    pub(crate) body: String,
+}
+
+impl Response {
+    pub(crate) fn header(&self, name: &str) -> Option<String> {
+        let mark = format!("{name}: ");
+        self.head.lines().find_map(|line| line.strip_prefix(&mark)).map(str::to_owned)
+    }
+
+    pub(crate) fn json(&self) -> Value {
+        serde_json::from_str(&self.body).unwrap_or_else(|e| panic!("{e}: {}", self.body))
+    }
+
+    pub(crate) fn text(&self) -> String {
+        let events =
+            self.body.split("\n\n").filter_map(|event| event.split_once("data: ").map(|(_, data)| data));
+        let chunks = events.filter_map(|data| serde_json::from_str::<Value>(data).ok());
+        chunks.filter_map(|c| c["choices"][0]["delta"]["content"].as_str().map(str::to_owned)).collect()
+    }
+}
+
+impl Door {
+    pub(crate) async fn open(&self, headers: &[(&str, &str)], body: &Value) -> BufReader<TcpStream> {
+        self.raw("POST", "/v1/chat/completions", headers, &body.to_string()).await
+    }
+
+    pub(crate) async fn raw(
+        &self,
+        method: &str,
+        path: &str,
+        headers: &[(&str, &str)],
+        body: &str,
+    ) -> BufReader<TcpStream> {
+        let mut stream = TcpStream::connect(self.address).await.unwrap();
+        let headers: String = headers.iter().map(|(name, value)| format!("{name}: {value}\r\n")).collect();
+        let request = format!(
+            "{method} {path} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\ncontent-length: {}\r\n{headers}\r\n{body}",
+            body.len()
+        );
+        stream.write_all(request.as_bytes()).await.unwrap();
+        BufReader::new(stream)
+    }
+
+    pub(crate) async fn post(&self, headers: &[(&str, &str)], body: &Value) -> Response {
+        read(self.open(headers, body).await).await
+    }
+
+    pub(crate) async fn get(&self, path: &str) -> Response {
+        read(self.raw("GET", path, &[], "").await).await
+    }
+}
+
+/// A response to its end; chunks are put together.
+pub(crate) async fn read(mut stream: BufReader<TcpStream>) -> Response {
+    let mut bytes = Vec::new();
+    let reading = stream.read_to_end(&mut bytes);
+    tokio::time::timeout(Duration::from_secs(20), reading).await.expect("an answer in time").unwrap();
+    let text = String::from_utf8(bytes).unwrap();
+    let (head, rest) = text.split_once("\r\n\r\n").unwrap_or((&text, ""));
+    let status = head.split(' ').nth(1).and_then(|s| s.parse().ok()).unwrap_or(0);
+    let mut body = String::new();
+    if head.contains("transfer-encoding: chunked") {
+        let mut rest = rest;
+        while let Some((length, after)) = rest.split_once("\r\n") {
+            let Ok(length) = usize::from_str_radix(length, 16) else { break };
+            body.push_str(after.get(..length).unwrap_or(after));
+            rest = after.get(length + 2..).unwrap_or("");
+        }
+    } else {
+        body = rest.to_owned();
+    }
+    Response { status, head: head.to_ascii_lowercase(), body }
+}
+
+/// A chat request.
+pub(crate) fn chat(extra: Value) -> Value {
+    let mut body = json!({"model": "m", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 5});
+    for (name, value) in extra.as_object().unwrap() {
+        body[name] = value.clone();
+    }
+    body
+}
