@@ -2,6 +2,7 @@
 //! keeper and the front door.
 
 use std::collections::BTreeMap;
+use std::io::IsTerminal as _;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -54,6 +55,8 @@ pub(crate) struct Director {
     restless: BTreeMap<String, String>,
     greeted: bool,
     restarts: u64,
+    /// Whether somebody watched the start.
+    at_terminal: bool,
 }
 
 impl Director {
@@ -84,6 +87,7 @@ impl Director {
             restless: BTreeMap::new(),
             greeted: false,
             restarts: 0,
+            at_terminal: std::io::stderr().is_terminal(),
         }
     }
 
@@ -128,6 +132,10 @@ impl Director {
                     self.count(&slots);
                 }
                 () = hangups.next() => {
+                    if self.at_terminal && !std::io::stderr().is_terminal() {
+                        // The terminal was closed, which is no wish for a restart.
+                        return Ok(());
+                    }
                     self.say(false, "restarting every replica, one after the other");
                     self.revision += 1;
                     self.file_seen = None;
