@@ -1,12 +1,10 @@
 //! Wire types: the OpenAI surface as Consort speaks it, the replica's own fields, and the fleet behind a gateway.
 //!
 //! Plain serde structs, no behaviour: the server answers with them, the load generator and the gateway read them.
-//! Requests are built with these types and sent; a server reads a request field by field instead (its errors name the
-//! field), so a request type here holds what a *client* may say, and every field is optional where OpenAI's is.
+//! There are no types of requests: a server reads them field by field, because its errors name the field, and a gateway
+//! passes on what it was sent. What a request may say stands in `docs/api.md`.
 //!
-//! Fields of our own, beside OpenAI's: sampling (`top_k`, `min_p`, `repetition_penalty`, `ignore_eos`,
-//! `stop_token_ids`), `chat_template_kwargs`, `return_token_ids` with `token_ids` in each choice, and [`Resume`] under
-//! the key `consort`.
+//! Fields of our own, beside OpenAI's: `token_ids` in each choice, and [`Resume`] under the key `consort` of a request.
 
 mod chat;
 mod completion;
@@ -20,10 +18,10 @@ mod tokens;
 mod tool;
 
 pub use chat::{
-    ChatChoice, ChatChunk, ChatChunkChoice, ChatCompletion, ChatLogprobs, ChatMessage, ChatRequest, Delta,
-    ResponseFormat, SchemaFormat, TokenLogprob, TopLogprob,
+    ChatChoice, ChatChunk, ChatChunkChoice, ChatCompletion, ChatLogprobs, ChatMessage, Delta, TokenLogprob,
+    TopLogprob,
 };
-pub use completion::{Completion, CompletionChoice, CompletionLogprobs, CompletionRequest, Prompt};
+pub use completion::{Completion, CompletionChoice, CompletionLogprobs};
 pub use error::{ErrorBody, ErrorObject};
 pub use fleet::{
     BreakerState, Fleet, FleetModel, FleetReplica, FleetSnapshot, FleetVersion, GatewayTotals, Latency,
@@ -31,6 +29,6 @@ pub use fleet::{
 };
 pub use keys::{ApiKeyRecord, KeyLimits};
 pub use model::{ModelCard, ModelList};
-pub use shared::{PromptTokensDetails, Resume, Stop, StreamOptions, Usage};
-pub use tokens::{DetokenizeRequest, DetokenizeResponse, TokenizeRequest, TokenizeResponse};
+pub use shared::{PromptTokensDetails, Resume, Usage};
+pub use tokens::{DetokenizeResponse, TokenizeResponse};
 pub use tool::{FunctionCall, FunctionCallDelta, ToolCall, ToolCallDelta};

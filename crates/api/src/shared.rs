@@ -23,24 +23,6 @@ pub struct PromptTokensDetails {
     pub cached_tokens: usize,
 }
 
-/// What a stream carries beside the answer.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct StreamOptions {
-    /// One more chunk before `[DONE]`, with no choices and the usage of the whole answer.
-    #[serde(default)]
-    pub include_usage: bool,
-}
-
-/// One stop string or several.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(untagged)]
-pub enum Stop {
-    /// One.
-    One(String),
-    /// Several.
-    Many(Vec<String>),
-}
-
 /// How one replica takes over an answer that another began (the request's field `consort`).
 ///
 /// The replica answers with exactly the bytes that would have followed `emitted_token_ids` there, provided the rest

@@ -9,9 +9,12 @@
 //! under a grammar that allows what the model wanted to say is the answer without it.
 //!
 //! Cost: the trie is built at the first grammar (about 30 ms for 49,000 tokens); a mask takes some 50 µs on average.
+//! The last few grammars are kept compiled: the answers of one request share one, and so do the requests of a program
+//! that always sends the same schema.
 
+use std::collections::VecDeque;
 use std::fmt;
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use consort_model::Tokenizer;
 use llguidance::api::{ParserLimits, TopLevelGrammar};
@@ -32,6 +35,9 @@ pub const MAX_NESTING: usize = 160;
 
 /// Tokens longer than this are never allowed under a grammar: the trie's walk recurses once a byte.
 const MAX_TOKEN_BYTES: usize = 200;
+
+/// Grammars kept compiled. The limits bound what one takes.
+const KEPT: usize = 4;
 
 /// The white space a model may put between two JSON tokens: one space, or a line break with its indentation. A
 /// model that could write more would now and then write nothing else.
@@ -74,6 +80,24 @@ pub enum GrammarError {
 pub struct GrammarEngine {
     tokenizer: Arc<Tokenizer>,
     factory: OnceLock<Result<ParserFactory, String>>,
+    /// Where answers under the last grammars begin, the latest first.
+    kept: Mutex<VecDeque<(Key, GrammarState)>>,
+}
+
+/// A grammar's kind and text. Not the grammar itself: two JSON objects are equal whatever their order, and the order of
+/// a schema's properties is part of what it means here.
+#[derive(PartialEq)]
+struct Key(std::mem::Discriminant<Grammar>, String);
+
+impl Key {
+    fn of(grammar: &Grammar) -> Key {
+        let text = match grammar {
+            Grammar::JsonObject => String::new(),
+            Grammar::JsonSchema(schema) => schema.to_string(),
+            Grammar::Lark(source) | Grammar::Regex(source) => source.clone(),
+        };
+        Key(std::mem::discriminant(grammar), text)
+    }
 }
 
 impl fmt::Debug for GrammarEngine {
@@ -85,14 +109,38 @@ impl fmt::Debug for GrammarEngine {
 impl GrammarEngine {
     /// For this tokenizer. Does no work yet.
     pub fn new(tokenizer: Arc<Tokenizer>) -> GrammarEngine {
-        GrammarEngine { tokenizer, factory: OnceLock::new() }
+        GrammarEngine { tokenizer, factory: OnceLock::new(), kept: Mutex::default() }
     }
 
-    /// Compiles a grammar (some 1 to 20 ms, bounded by the limits above: not for the engine's thread).
+    /// Compiles a grammar (some 1 to 20 ms, bounded by the limits above: not for the engine's thread), or copies it
+    /// from the last few.
     ///
     /// # Errors
     /// [`GrammarError::Invalid`] names the keyword or the line; [`GrammarError::TooLarge`].
     pub fn compile(&self, grammar: &Grammar) -> Result<GrammarState, GrammarError> {
+        let key = Key::of(grammar);
+        if let Some(state) = self.kept(&key) {
+            return Ok(state);
+        }
+        // Not under the lock: who asks for another grammar doesn't wait for this one.
+        let state = self.compile_new(grammar)?;
+        let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
+        kept.truncate(KEPT - 1);
+        kept.push_front((key, state.clone()));
+        Ok(state)
+    }
+
+    /// A copy of the state kept under `key`, which is then the latest.
+    fn kept(&self, key: &Key) -> Option<GrammarState> {
+        let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
+        let at = kept.iter().position(|(known, _)| known == key)?;
+        let latest = kept.remove(at)?;
+        let state = latest.1.clone();
+        kept.push_front(latest);
+        Some(state)
+    }
+
+    fn compile_new(&self, grammar: &Grammar) -> Result<GrammarState, GrammarError> {
         let top = match grammar {
             Grammar::JsonObject => {
                 TopLevelGrammar::from_json_schema(prepare_schema(&json!({"type": "object"}))?)

@@ -266,3 +266,31 @@ fn a_tool_call_in_lark() {
     assert!(matches(Grammar::Lark(source.clone()), "<call>{\"x\": 1}</call>"));
     assert!(!matches(Grammar::Lark(source), "<call>{\"y\": 1}</call>"));
 }
+
+#[test]
+fn the_last_grammars_are_kept_and_told_apart_by_every_letter() {
+    let engine = engine();
+    let keys = |a: &str, b: &str| {
+        schema(serde_json::from_str(&format!(
+        r#"{{"type": "object", "properties": {{"{a}": {{"type": "null"}}, "{b}": {{"type": "null"}}}}, "required": ["a", "b"]}}"#,
+    )).expect("JSON"))
+    };
+    let text = r#"{"a": null, "b": null}"#;
+    let of = |grammar: &Grammar| taken(&mut engine.compile(grammar).expect("it compiles"), text);
+    // Equal as JSON values; but answers have a schema's properties in its own order.
+    let (forth, back) = (keys("a", "b"), keys("b", "a"));
+    assert_eq!(forth, back);
+    for _ in 0..2 {
+        assert_eq!((of(&forth), of(&back)), (text.len(), 2));
+    }
+    // A kept state begins anew each time, and the same text is another grammar as an expression.
+    assert_eq!((of(&Grammar::Regex("x".into())), of(&forth)), (0, text.len()));
+    assert_eq!(engine.kept.lock().expect("no panic").len(), 3);
+    for i in 0..10 {
+        of(&Grammar::Regex(format!("a{i}")));
+        of(&forth);
+    }
+    let kept = engine.kept.lock().expect("no panic");
+    assert_eq!(kept.len(), KEPT);
+    assert!(kept.iter().any(|(key, _)| *key == Key::of(&forth)), "the one in use stays");
+}
