@@ -6,7 +6,7 @@ use std::time::Instant;
 use axum::http::StatusCode;
 use axum::response::Response;
 use consort_inference::request::Grammar;
-use consort_inference::{Request, TokenEvent};
+use consort_inference::{Request, SubmitError, TokenEvent};
 use serde_json::Value;
 
 use crate::answer::{Answer, AnswerSet, Job};
@@ -93,7 +93,9 @@ pub(crate) async fn answer(
     let metrics = app.metrics.clone();
     let (arrived, deadline) = (context.arrived, context.deadline);
     let keep_alive = app.options.keep_alive;
-    if let Some(refusal) = replica.engine.refusal() {
+    // From the moment that `/ready` says so: the engine hears of the drain a little later.
+    let draining = app.draining().then_some(SubmitError::Draining);
+    if let Some(refusal) = draining.or_else(|| replica.engine.refusal()) {
         return Err(refusal.into());
     }
     let begin = move || -> ApiResult<(Envelope, AnswerSet, bool)> {
