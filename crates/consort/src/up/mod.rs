@@ -16,11 +16,11 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
 
-use anyhow::{Context, Result, anyhow, bail};
-use consort_api::deployment::Deployment;
+use anyhow::{Context, Result, anyhow};
+use consort_api::deployment::{Deployment, TlsFiles};
 use consort_control::keeper::Keeper;
 use consort_control::store::Store;
-use consort_gateway::{Gateway, Settings};
+use consort_gateway::{Gateway, Settings, Tls};
 
 use crate::listen::Bound;
 use crate::terminal::note;
@@ -43,11 +43,7 @@ pub(crate) struct Plan {
 
 /// Runs a deployment until told to stop.
 pub(crate) fn run(plan: Plan) -> Result<()> {
-    if plan.deployment.tls.is_some() {
-        bail!(
-            "[tls] can't be used yet: put a proxy that speaks TLS before the front door, and remove the section"
-        );
-    }
+    let tls = plan.deployment.tls.as_ref().map(|files| tls(files, &plan.deployment)).transpose()?;
     let folder = environment::state_folder()?;
     let store = Arc::new(Store::open(&folder)?);
     let ended = consort_control::process::end_leftovers(&store)?;
@@ -59,6 +55,9 @@ pub(crate) fn run(plan: Plan) -> Result<()> {
     let located = locate::first(&hub, &plan.deployment, plan.json)?;
 
     let door = Gateway::new(settings(&plan.deployment));
+    if let Some(tls) = tls {
+        door.set_tls(tls);
+    }
     let listener = plan.bound.listener.try_clone().context("can't share the listening socket")?;
     let shared = Arc::new(Shared::new(&plan, store.clone(), door.clone())?);
     if plan.deployment.keys_required && shared.keys().is_empty() {
@@ -148,6 +147,27 @@ async fn direct(
     director.publish(&[])?;
     drop(admin);
     ended.and(stopped)
+}
+
+/// The front door's certificate.
+fn tls(files: &TlsFiles, deployment: &Deployment) -> Result<Tls> {
+    let read = |path: &std::path::Path| {
+        std::fs::read(path).with_context(|| format!("[tls]: can't read {}", path.display()))
+    };
+    Ok(match files {
+        TlsFiles::Files { certificate, key } => Tls::new(&read(certificate)?, &read(key)?)?,
+        TlsFiles::SelfSigned => {
+            let mut names = vec!["localhost".to_owned(), deployment.listen.ip().to_string()];
+            names.extend(deployment.allowed_hosts.iter().cloned());
+            Tls::self_signed(&names)?
+        }
+    })
+}
+
+/// Where a client on this machine reaches the front door.
+pub(crate) fn url(bound: &Bound, deployment: &Deployment) -> String {
+    let url = bound.url();
+    if deployment.tls.is_some() { url.replacen("http://", "https://", 1) } else { url }
 }
 
 /// The front door's settings.

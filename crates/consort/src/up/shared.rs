@@ -128,7 +128,7 @@ impl Shared {
             extra_key,
             page: plan.deployment.page,
             cores: cores(),
-            url: plan.bound.url(),
+            url: super::url(&plan.bound, &plan.deployment),
             allowed_hosts: plan.deployment.allowed_hosts.iter().map(|h| h.to_ascii_lowercase()).collect(),
             file: plan.source.file().map(|f| f.display().to_string()),
             started: plan.started,

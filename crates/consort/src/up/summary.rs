@@ -17,7 +17,7 @@ pub(crate) fn print(
     started: Instant,
     json: bool,
 ) -> Result<()> {
-    let url = bound.url();
+    let url = super::url(bound, deployment);
     let minted = bound.key.as_ref().filter(|key| key.origin == Origin::Minted).map(|key| &key.secret);
     if json {
         return Ok(line(serde_json::json!({
