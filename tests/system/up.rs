@@ -100,6 +100,15 @@ impl Up {
         }
     }
 
+    /// Waits until the log says it.
+    fn until_log(&self, what: &str, said: &str) {
+        let begun = Instant::now();
+        while !self.log().contains(said) {
+            assert!(begun.elapsed() < PATIENCE, "waited until {what}:\n{}", self.log());
+            thread::sleep(Duration::from_millis(20));
+        }
+    }
+
     fn log(&self) -> String {
         fs::read_to_string(self.folder.path().join("log")).unwrap()
     }
@@ -326,6 +335,49 @@ fn the_file_is_applied_live_and_a_wrong_edit_changes_nothing() {
     });
     assert!(fleet["file_error"].is_null());
     assert_eq!(fleet["slots"][0]["restarts"], 0);
+}
+
+#[test]
+fn the_front_doors_settings_are_applied_live_and_what_cannot_be_is_named() {
+    let text = "[models.smol]\nsource = \"{model}\"\nreplicas = 1\n";
+    let up = up_file(text);
+    let file = up.folder.path().join("consort.toml");
+    let edit = |more: &str| {
+        let part = up.folder.path().join("new.toml");
+        fs::write(&part, format!("{more}{text}").replace("{model}", model().to_str().unwrap())).unwrap();
+        fs::rename(part, &file).unwrap();
+    };
+    let before = up.ready();
+    let long = chat(&"sea ".repeat(500), 3);
+    assert_eq!(up.post(&long).status, 200);
+    edit("limits.body = 1024\nlisten = \"127.0.0.1:1\"\n");
+    let fleet = up.until("the edit is answered", |fleet| fleet["restart_needed"][0].is_string());
+    assert_eq!(fleet["restart_needed"], json!(["listen"]));
+    assert_eq!(up.post(&long).status, 413);
+    assert_eq!(up.post(&chat("Hello.", 3)).status, 200);
+    assert!(up.log().contains("wait for the next start of consort up: listen"), "{}", up.log());
+
+    edit("timeouts = { route = \"3s\", try = \"1s\", token = \"16s\" }\n");
+    up.until_log("what can't work is refused", "`token` (16s) is longer than `route` (3s)");
+    assert_eq!(up.post(&long).status, 413, "everything is as it was");
+
+    edit("page = false\nallowed_origins = [\"https://example.org\"]\n");
+    up.until("it is taken", |fleet| fleet["restart_needed"] == json!([]) && fleet["file_error"].is_null());
+    assert_eq!(client::send(up.address, "GET", "/", b"").unwrap().status, 404);
+    assert_eq!(up.post(&long).status, 200);
+
+    edit("keys.required = true\n");
+    up.until_log("requests need a key", "the edit is applied");
+    let begun = Instant::now();
+    while up.post(&chat("Hello.", 3)).status != 401 {
+        assert!(begun.elapsed() < PATIENCE, "{}", up.log());
+    }
+    edit("");
+    let begun = Instant::now();
+    while up.post(&chat("Hello.", 3)).status != 200 {
+        assert!(begun.elapsed() < PATIENCE, "{}", up.log());
+    }
+    assert_eq!(up.ready(), before, "no replica restarted for any of it");
 }
 
 #[test]

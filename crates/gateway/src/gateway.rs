@@ -23,12 +23,12 @@ use crate::policy::budget::Budget;
 use crate::policy::hedge::Purse;
 use crate::policy::idempotency::Idempotency;
 use crate::proxy::{Held, Recording};
-use crate::settings::Settings;
+use crate::settings::{Live, Settings};
 use crate::telemetry::Telemetry;
 
 /// A front door. Its owner keeps it in an [`Arc`], serves it, and changes its fleet while it runs.
 pub struct Gateway {
-    pub(crate) settings: Settings,
+    live: Arc<Live>,
     pub(crate) registry: Arc<Registry>,
     pub(crate) keys: Keys,
     pub(crate) telemetry: Arc<Telemetry>,
@@ -73,7 +73,7 @@ impl Gateway {
     /// A gateway before an empty fleet.
     pub fn new(settings: Settings) -> Arc<Gateway> {
         Arc::new(Gateway {
-            settings,
+            live: Live::new(settings),
             registry: Arc::default(),
             keys: Keys::default(),
             telemetry: Arc::new(Telemetry::new()),
@@ -92,7 +92,26 @@ impl Gateway {
     /// # Errors
     /// [`FleetError`]; the fleet is then as it was.
     pub fn set_fleet(&self, fleet: &Fleet) -> Result<(), FleetError> {
-        self.registry.replace(fleet, &self.settings.replicas)
+        self.registry.replace(fleet, &self.settings().replicas)
+    }
+
+    /// Replaces the settings. What begins from now on is under the new ones; requests under way keep those they began
+    /// with, but for the number of connections and how replicas are watched, which change at once.
+    pub fn set_settings(&self, settings: Settings) {
+        self.live.replace(settings);
+        let settings = self.settings();
+        for replica in self.registry.models().replicas() {
+            replica.obey(&settings.replicas);
+        }
+    }
+
+    /// The settings as they are now.
+    pub fn settings(&self) -> Arc<Settings> {
+        self.live.now()
+    }
+
+    pub(crate) fn live(&self) -> &Live {
+        &self.live
     }
 
     /// Replaces the API keys. What a key has used of its limits stays used. Where keys are `required`, nobody may ask
@@ -158,8 +177,7 @@ impl Gateway {
         if !is_loopback(address.ip()) && !self.keys.required() {
             return Err(ServeError::KeyNeeded { address });
         }
-        let watching =
-            tokio::spawn(crate::fleet::watch(self.registry.clone(), self.settings.replicas.clone()));
+        let watching = tokio::spawn(crate::fleet::watch(self.registry.clone(), self.live.clone()));
         tracing::info!(%address, "listening");
         Server::new(self.clone()).run(&listener, shutdown).await;
         watching.abort();

@@ -1,8 +1,10 @@
 //! How a gateway runs.
 
+use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
 use consort_base::Backoff;
+use tokio::sync::Notify;
 
 pub use crate::policy::breaker::BreakerSettings;
 pub use crate::policy::budget::BudgetSettings;
@@ -96,6 +98,31 @@ pub struct RetrySettings {
     pub budget: BudgetSettings,
     /// How long a request may wait where no replica can take it.
     pub wait: Duration,
+}
+
+/// The settings of a gateway that runs: one value, replaced as a whole. Who uses them takes a look (a reference count)
+/// and keeps it, so that no request sees half of an edit.
+#[derive(Default)]
+pub(crate) struct Live {
+    settings: RwLock<Arc<Settings>>,
+    /// They were replaced.
+    pub(crate) replaced: Notify,
+}
+
+impl Live {
+    pub(crate) fn new(settings: Settings) -> Arc<Live> {
+        Arc::new(Live { settings: RwLock::new(Arc::new(settings)), replaced: Notify::new() })
+    }
+
+    /// As they are now.
+    pub(crate) fn now(&self) -> Arc<Settings> {
+        self.settings.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    pub(crate) fn replace(&self, settings: Settings) {
+        *self.settings.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(settings);
+        self.replaced.notify_waiters();
+    }
 }
 
 impl Default for ClientSettings {

@@ -123,6 +123,9 @@ fn show(status: &FleetStatus, style: Style) -> Vec<String> {
         ));
     }
     lines.extend(status.warning.iter().map(|text| format!("warning: {text}")));
+    if !status.restart_needed.is_empty() {
+        lines.push(format!("changed in the file, for the next start: {}", status.restart_needed.join(", ")));
+    }
     if let Some(error) = &status.file_error {
         lines.push(String::new());
         lines.push("the file's last edit was refused:".to_owned());

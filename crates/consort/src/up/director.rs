@@ -3,11 +3,12 @@
 
 use std::collections::BTreeMap;
 use std::io::IsTerminal as _;
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
-use consort_api::deployment::{Deployment, Version};
+use consort_api::deployment::{Deployment, TlsFiles, Version};
 use consort_api::{Fleet, FleetModel, FleetReplica, FleetVersion, ModelSnapshot, Numerics};
 use consort_control::autoscale::{self, History, Load};
 use consort_control::keeper::Keeper;
@@ -43,6 +44,8 @@ pub(crate) struct Director {
     bound: Bound,
     json: bool,
     started: Instant,
+    /// The values that a running process keeps, as they were at its start.
+    fixed: Fixed,
     /// How many restarts of everything were asked for.
     revision: u64,
     counts: BTreeMap<(String, String), u32>,
@@ -71,6 +74,7 @@ impl Director {
             Some((locate::stamp(path).ok()?, blake3::hash(text.as_bytes())))
         });
         Director {
+            fixed: Fixed::of(&plan.deployment),
             deployment: plan.deployment,
             source: plan.source,
             hub: Arc::new(hub),
@@ -242,14 +246,17 @@ impl Director {
     }
 
     fn adopt(&mut self, deployment: Deployment, located: BTreeMap<String, Located>) {
-        let later = next_start(&self.deployment, &deployment);
+        let later = self.fixed.other(&deployment);
         if deployment == self.deployment {
             self.say(false, "the file was edited; it asks for what runs already");
         } else {
             self.say(false, "the edit is applied; only what it changes restarts");
         }
         if !later.is_empty() {
-            self.say(true, format!("these changes need a restart of consort up: {}", later.join(", ")));
+            self.say(
+                true,
+                format!("these changes wait for the next start of consort up: {}", later.join(", ")),
+            );
         }
         let known: Vec<_> =
             versions(&deployment).map(|(model, v)| (model.to_owned(), v.name.clone())).collect();
@@ -257,8 +264,11 @@ impl Director {
         self.histories.retain(|key, _| known.contains(key));
         let mut state = self.shared.state();
         state.file_error = None;
+        state.restart_needed = later;
         state.keys_required = deployment.keys_required || self.bound.key.is_some();
+        state.page = deployment.page;
         drop(state);
+        self.shared.door.set_settings(super::settings(&deployment));
         if let Err(error) = self.shared.arm_door() {
             self.say(true, format!("the front door keeps its old keys: {error:#}"));
         }
@@ -415,24 +425,22 @@ fn fleet(deployment: &Deployment, routes: &[Route], key: &str) -> Fleet {
     Fleet { models: models.collect() }
 }
 
-/// Keys whose values are read at a start only.
-fn next_start(old: &Deployment, new: &Deployment) -> Vec<&'static str> {
-    let (a, b) = (&old.timeouts, &new.timeouts);
-    let door = |t: &consort_api::deployment::Timeouts| (t.connect, t.attempt, t.token, t.route);
-    [
-        ("listen", old.listen != new.listen),
-        ("page", old.page != new.page),
-        ("[tls]", old.tls != new.tls),
-        ("[limits]", old.limits != new.limits),
-        ("allowed_hosts", old.allowed_hosts != new.allowed_hosts),
-        ("allowed_origins", old.allowed_origins != new.allowed_origins),
-        ("timeouts of the front door", door(a) != door(b)),
-        ("[retries]", old.retries != new.retries),
-        ("[hedging]", old.hedging != new.hedging),
-    ]
-    .into_iter()
-    .filter_map(|(name, changed)| changed.then_some(name))
-    .collect()
+/// What can't change while it runs: the socket, which is open, and the certificate that its clients were told.
+struct Fixed {
+    listen: SocketAddr,
+    tls: Option<TlsFiles>,
+}
+
+impl Fixed {
+    fn of(deployment: &Deployment) -> Fixed {
+        Fixed { listen: deployment.listen, tls: deployment.tls.clone() }
+    }
+
+    /// The keys of these whose value is another one now.
+    fn other(&self, new: &Deployment) -> Vec<String> {
+        let keys = [("listen", self.listen != new.listen), ("[tls]", self.tls != new.tls)];
+        keys.into_iter().filter_map(|(name, changed)| changed.then(|| name.to_owned())).collect()
+    }
 }
 
 /// A seed for the jitter.

@@ -25,7 +25,7 @@ pub(crate) struct FleetPage(pub(crate) Arc<Shared>);
 impl Extra for FleetPage {
     fn knows(&self, method: &Method, path: &str) -> bool {
         match (method, path) {
-            (&Method::GET, "/") => self.0.page,
+            (&Method::GET, "/") => self.0.state().page,
             (&Method::GET, "/fleet") | (&Method::POST, "/fleet/kill") => true,
             _ => false,
         }

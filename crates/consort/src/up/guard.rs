@@ -64,7 +64,9 @@ fn browser(shared: &Shared, headers: &HeaderMap, strict: bool) -> Result<(), Ref
         _ => return Err(Refused(403, "a Host header is needed".into())),
     };
     let name = host_name(&host);
-    if !(loopback_name(name) || !strict && shared.allowed_hosts.iter().any(|allowed| allowed == name)) {
+    let settings = shared.door.settings();
+    let allowed = || settings.clients.allowed_hosts.iter().any(|allowed| allowed.eq_ignore_ascii_case(name));
+    if !(loopback_name(name) || !strict && allowed()) {
         return Err(Refused(403, format!("the fleet is shown as localhost only, not as {name:?}")));
     }
     match headers.get(ORIGIN).map(|o| o.to_str().unwrap_or_default().to_ascii_lowercase()) {

@@ -170,7 +170,7 @@ pub(crate) fn url(bound: &Bound, deployment: &Deployment) -> String {
     if deployment.tls.is_some() { url.replacen("http://", "https://", 1) } else { url }
 }
 
-/// The front door's settings.
+/// The front door's settings, at the start and after an edit.
 fn settings(deployment: &Deployment) -> Settings {
     let mut settings = Settings::default();
     settings.clients.allowed_hosts = deployment.allowed_hosts.clone();

@@ -33,6 +33,9 @@ pub(crate) struct FleetStatus {
     pub(crate) file: Option<String>,
     /// Why the file's last edit isn't what runs.
     pub(crate) file_error: Option<String>,
+    /// Keys of the file whose new values wait for the next start.
+    #[serde(default)]
+    pub(crate) restart_needed: Vec<String>,
     /// Whether requests need a key.
     pub(crate) keys_required: bool,
     /// This machine's.
@@ -81,10 +84,8 @@ pub(crate) struct Shared {
     pub(crate) admin_token: String,
     /// A key from the command line, which is in no store.
     extra_key: Option<ApiKeyRecord>,
-    pub(crate) page: bool,
     pub(crate) cores: u16,
     pub(crate) url: String,
-    pub(crate) allowed_hosts: Vec<String>,
     file: Option<String>,
     started: Instant,
     keeper: OnceLock<Keeper>,
@@ -95,7 +96,10 @@ pub(crate) struct Shared {
 pub(crate) struct State {
     notices: VecDeque<Said>,
     pub(crate) file_error: Option<String>,
+    pub(crate) restart_needed: Vec<String>,
     pub(crate) keys_required: bool,
+    /// Whether the page is served.
+    pub(crate) page: bool,
     pub(crate) warning: Option<String>,
     pub(crate) scaling: Vec<Scaling>,
     pub(crate) restarts_ever: u64,
@@ -110,6 +114,7 @@ impl Shared {
         let restarts_ever = store.count(&[("restarts", 0)])?.first().copied().unwrap_or(0);
         let state = State {
             keys_required: plan.deployment.keys_required || plan.bound.key.is_some(),
+            page: plan.deployment.page,
             restarts_ever,
             ..State::default()
         };
@@ -126,10 +131,8 @@ impl Shared {
             replica_key: secret()?,
             admin_token: secret()?,
             extra_key,
-            page: plan.deployment.page,
             cores: cores(),
             url: super::url(&plan.bound, &plan.deployment),
-            allowed_hosts: plan.deployment.allowed_hosts.iter().map(|h| h.to_ascii_lowercase()).collect(),
             file: plan.source.file().map(|f| f.display().to_string()),
             started: plan.started,
             keeper: OnceLock::new(),
@@ -204,6 +207,7 @@ impl Shared {
             uptime_ms: self.started.elapsed().as_millis() as u64,
             file: self.file.clone(),
             file_error: state.file_error.clone(),
+            restart_needed: state.restart_needed.clone(),
             keys_required: state.keys_required,
             cores: self.cores,
             warning: state.warning.clone(),

@@ -17,13 +17,13 @@ use tokio::task::AbortHandle;
 use super::{Registry, Replica};
 use crate::policy::liveness::{Change, Probe};
 use crate::proxy::upstream::SendError;
-use crate::settings::ReplicaSettings;
+use crate::settings::Live;
 
 /// Bytes of a probe's answer.
 const MAX_BYTES: usize = 64 << 10;
 
 /// Watches all replicas of the fleet, whatever it is replaced by. Never returns; dropping it ends all probes.
-pub(crate) async fn watch(registry: Arc<Registry>, settings: ReplicaSettings) {
+pub(crate) async fn watch(registry: Arc<Registry>, live: Arc<Live>) {
     let mut probes: HashMap<String, Watched> = HashMap::new();
     loop {
         let replaced = registry.replaced.notified();
@@ -31,7 +31,7 @@ pub(crate) async fn watch(registry: Arc<Registry>, settings: ReplicaSettings) {
         probes.retain(|_, watched| models.replicas().any(|replica| Arc::ptr_eq(replica, &watched.replica)));
         for replica in models.replicas() {
             if !probes.contains_key(&replica.id) {
-                let task = tokio::spawn(probe_for_ever(registry.clone(), replica.clone(), settings.clone()));
+                let task = tokio::spawn(probe_for_ever(registry.clone(), replica.clone(), live.clone()));
                 probes.insert(
                     replica.id.clone(),
                     Watched { replica: replica.clone(), task: task.abort_handle() },
@@ -54,9 +54,10 @@ impl Drop for Watched {
     }
 }
 
-async fn probe_for_ever(registry: Arc<Registry>, replica: Arc<Replica>, settings: ReplicaSettings) {
+async fn probe_for_ever(registry: Arc<Registry>, replica: Arc<Replica>, live: Arc<Live>) {
     let mut urgent = false;
     loop {
+        let settings = &live.now().replicas;
         let probe = probe(&replica, settings.probe_timeout).await;
         let change = replica.probed(Instant::now(), &probe, urgent);
         if change == Change::Up {

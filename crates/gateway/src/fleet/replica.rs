@@ -127,6 +127,14 @@ impl Replica {
         }
     }
 
+    /// From now on it is judged by these settings.
+    pub(crate) fn obey(&self, settings: &ReplicaSettings) {
+        let mut core = self.core();
+        core.liveness.stalled_after = settings.stalled_after;
+        core.outlier.settings = settings.outlier;
+        core.breaker.settings = settings.breaker;
+    }
+
     /// Whether `wanted` is this replica still.
     pub(crate) fn is(&self, wanted: &FleetReplica) -> bool {
         self.url == wanted.url && self.key == wanted.key && self.slow_start_ms == wanted.slow_start_ms

@@ -55,7 +55,8 @@ impl Front {
                 .retry_after(Duration::from_secs(1)));
         }
         let (parts, body) = request.into_parts();
-        let body = read::read(&parts.headers, body, &self.gateway.settings.clients, &self.in_flight).await?;
+        let body =
+            read::read(&parts.headers, body, &self.gateway.settings().clients, &self.in_flight).await?;
         let call = Arc::new(Call::read(shape, body)?);
         let key = context.record.key.clone();
         let model = self.model(call.model.as_deref(), key.as_deref())?;
@@ -141,7 +142,7 @@ impl Front {
                 context.record.streaming();
                 let owner = (session.client().to_owned(), repeats::body_hash(&session.call));
                 let stream = Box::new(Stream::new(*session, owner));
-                let window = self.gateway.settings.clients.resume_window;
+                let window = self.gateway.settings().clients.resume_window;
                 events(Body::events(stream.start(self.gateway.held.clone(), Vec::new(), window)))
             }
             Opening::Stream => json(StatusCode::OK, proxy::whole(*session).await?),
@@ -230,7 +231,7 @@ async fn record(gateway: Arc<Gateway>, mut session: Box<Session>, id: Id, record
         }
     };
     match recording.end().filter(|_| complete) {
-        Some(bytes) => gateway.idempotency().done(&id, bytes, &gateway.settings.idempotency),
+        Some(bytes) => gateway.idempotency().done(&id, bytes, &gateway.settings().idempotency),
         // What failed may be tried again under the same key.
         None => gateway.idempotency().forget(&id),
     }

@@ -77,7 +77,7 @@ impl Front {
         peer: SocketAddr,
     ) -> Response<Body> {
         let headers = request.headers();
-        let settings = &self.gateway.settings.clients;
+        let settings = &self.gateway.settings().clients;
         let request_id = request_id(headers);
         let origin =
             guard::cors_origin(headers, settings).and_then(|origin| HeaderValue::from_str(origin).ok());
@@ -128,7 +128,7 @@ impl Front {
         match allowed {
             // Without a key, a browser may be driven by anybody's page.
             Ok(None) if *access != Access::Open && !self.gateway.keys.required() => {
-                if let Err(refusal) = guard::check(headers, &self.gateway.settings.clients) {
+                if let Err(refusal) = guard::check(headers, &self.gateway.settings().clients) {
                     return Err((refusal, context.record));
                 }
             }

@@ -58,7 +58,7 @@ pub(crate) fn repeat(gateway: &Gateway, headers: &HeaderMap, client: &str, call:
         &id,
         body_hash(call),
         &recording,
-        &gateway.settings.idempotency,
+        &gateway.settings().idempotency,
     );
     match looked_up {
         Lookup::New => Ok(Repeat::First(id, recording)),
@@ -138,7 +138,7 @@ pub(crate) async fn take_up(
             ..Refusal::new(StatusCode::GONE, "stream_gone", message)
         }
     };
-    let window = gateway.settings.clients.resume_window;
+    let window = gateway.settings().clients.resume_window;
     let Some(mut stream) = gateway.held.take(id).await else {
         return Err(gone("the stream that Last-Event-ID names is not kept here any more"));
     };

@@ -29,7 +29,7 @@ impl Default for BreakerSettings {
 /// The state of one replica's breaker.
 #[derive(Clone, Debug)]
 pub(crate) struct Breaker {
-    settings: BreakerSettings,
+    pub(crate) settings: BreakerSettings,
     state: State,
 }
 

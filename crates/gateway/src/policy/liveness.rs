@@ -59,7 +59,7 @@ pub(crate) enum Change {
 pub(crate) struct Liveness {
     pub(crate) life: Life,
     slow_start: Duration,
-    stalled_after: Duration,
+    pub(crate) stalled_after: Duration,
     ready_since: Option<Instant>,
     silent: u32,
 }

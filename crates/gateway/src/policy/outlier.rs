@@ -47,7 +47,7 @@ struct Second {
 /// The state of one replica.
 #[derive(Clone, Debug)]
 pub(crate) struct Outlier {
-    settings: OutlierSettings,
+    pub(crate) settings: OutlierSettings,
     origin: Instant,
     consecutive: u32,
     window: [Second; WINDOW],

@@ -24,6 +24,7 @@ use crate::error::Refusal;
 use crate::fleet::{self, Model, Replica, Running, Version, Went};
 use crate::policy::affinity::{self, Affinity, Home};
 use crate::policy::balance::{self, Candidate};
+use crate::settings::Settings;
 use crate::telemetry::{Event, Place, Tally};
 
 /// The time a request has left, in milliseconds; replicas know it too.
@@ -66,6 +67,8 @@ pub(crate) struct Request {
 /// One request's way to its answer.
 pub(crate) struct Session {
     gateway: Arc<Gateway>,
+    /// As they were when it began.
+    settings: Arc<Settings>,
     pub(crate) call: Arc<Call>,
     pub(crate) model: Arc<Model>,
     version: usize,
@@ -108,18 +111,19 @@ impl Drop for Permit {
 impl Session {
     pub(crate) fn new(gateway: Arc<Gateway>, request: Request) -> Session {
         let Request { call, model, version, headers, deadline, key, tally } = request;
-        let now = Instant::now();
-        let beginnings = if gateway.settings.replicas.affinity && model.versions[version].replicas.len() > 1 {
+        let (now, settings) = (Instant::now(), gateway.settings());
+        let beginnings = if settings.replicas.affinity && model.versions[version].replicas.len() > 1 {
             affinity::beginnings(call.prompt_text())
         } else {
             Vec::new()
         };
         model.pending.arrived();
-        gateway.purse().pay_in(&gateway.settings.hedging);
+        gateway.purse().pay_in(&settings.hedging);
         tally.prompt_tokens.store(call.prompt_tokens(), Ordering::Relaxed);
         let session = Session {
             progress: Progress::new(call.choices, call.emitted.clone()),
             gateway,
+            settings,
             model,
             version,
             deadline,
@@ -159,7 +163,7 @@ impl Session {
 
     /// How long a client's stream may be silent.
     pub(crate) fn keep_alive(&self) -> Duration {
-        self.gateway.settings.clients.keep_alive
+        self.settings.clients.keep_alive
     }
 
     fn version(&self) -> &Version {
@@ -229,7 +233,7 @@ impl Session {
             if !self.beginnings.is_empty() {
                 self.affinity().note(&self.beginnings, replica.home);
             }
-            let settings = &self.gateway.settings.replicas;
+            let settings = &self.settings.replicas;
             let failure = match Attempt::start(&replica, question, settings, self.deadline).await {
                 Ok(Reply::Stream(attempt)) => {
                     if self.seed.is_none() {
@@ -271,7 +275,7 @@ impl Session {
                     Err(refusal) => return Next::Failed(refusal),
                 }
             };
-            let hedging = &self.gateway.settings.hedging;
+            let hedging = &self.settings.hedging;
             let event = if hedging.enabled && self.news.is_none() && !self.hedged {
                 self.first_event().await
             } else {
@@ -314,7 +318,7 @@ impl Session {
 
     /// The first event: from a second replica too, where the first one is slow.
     async fn first_event(&mut self) -> Result<Sse, Failure> {
-        let due = self.began + self.gateway.settings.hedging.after;
+        let due = self.began + self.settings.hedging.after;
         let Some(mut first) = self.attempt.take() else { return Err(Failure::Garbage) };
         let outcome = self.race(&mut first, due).await;
         if self.attempt.is_none() {
@@ -333,7 +337,7 @@ impl Session {
         self.failed.push(first.ticket.replica.id.clone());
         let other = self.pick();
         self.failed.pop();
-        let settings = &self.gateway.settings;
+        let settings = &self.settings;
         let headers = self.question_headers().map_err(|_| Failure::Deadline)?;
         let Some(replica) = other.filter(|_| self.gateway.purse().take(&settings.hedging)) else {
             return first.event(self.deadline).await;
@@ -480,7 +484,7 @@ impl Session {
         if let Failure::NotNow(refused) | Failure::Error(refused) = failure {
             self.last_refusal = Some(refused);
         }
-        if self.tries >= self.gateway.settings.retries.attempts {
+        if self.tries >= self.settings.retries.attempts {
             return match self.last_refusal.take().filter(|_| !begun) {
                 Some(refused) => Ok(Some(refused)),
                 None => Err(Refusal::unavailable(format!(
@@ -506,7 +510,7 @@ impl Session {
 
     /// A replica that may take the request; waits for one where there is none.
     async fn choose(&mut self) -> Result<Arc<Replica>, Refusal> {
-        let give_up = (Instant::now() + self.gateway.settings.retries.wait).min(self.deadline);
+        let give_up = (Instant::now() + self.settings.retries.wait).min(self.deadline);
         if self.tries > 0 {
             self.pause().await?;
         }
@@ -531,7 +535,7 @@ impl Session {
             if turn && !self.failed.is_empty() {
                 // None is left that hasn't failed this request: those that have get another turn, after a pause.
                 self.failed.clear();
-                tokio::time::sleep(self.gateway.settings.retries.backoff.delay(self.tries, random())).await;
+                tokio::time::sleep(self.settings.retries.backoff.delay(self.tries, random())).await;
                 continue;
             }
             if fresh && place.is_none() {
@@ -564,7 +568,7 @@ impl Session {
 
     fn enter(&self) -> Result<fleet::Place, Refusal> {
         let (key, weight) = &self.key;
-        let bound = self.gateway.settings.replicas.max_pending;
+        let bound = self.settings.replicas.max_pending;
         let place = self.model.pending.enter(key, *weight, self.remaining_tokens(), bound);
         place.ok_or_else(|| full(&self.model.name))
     }
@@ -586,7 +590,7 @@ impl Session {
 
     /// Before a retry: until the budget has room for it.
     async fn pause(&mut self) -> Result<(), Refusal> {
-        let retries = self.gateway.settings.retries.clone();
+        let retries = self.settings.retries.clone();
         if self.progress.begun() {
             return Ok(());
         }
@@ -614,7 +618,7 @@ impl Session {
         let now = Instant::now();
         let version = self.version();
         let class = self.fingerprint();
-        let limit = self.gateway.settings.replicas.max_outstanding as u64;
+        let limit = self.settings.replicas.max_outstanding as u64;
         let mut fit = Vec::with_capacity(version.replicas.len());
         for replica in &version.replicas {
             // An answer that was let in once may go on anywhere: only new ones are held back by a full replica.
