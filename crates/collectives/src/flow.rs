@@ -245,7 +245,12 @@ impl Flow<'_> {
             // A lane that waits for another of ours waits for that one's peer.
             let blocked = plan.front(index).is_some_and(|step| lane.open && plan.ready(step).1.len == 0);
             match lane.peer {
-                Some((to, true)) if !blocked => patience.sends.push(members[to]),
+                Some((to, true)) if !blocked => {
+                    // A lane that is done and on its way has nothing to wait for.
+                    if plan.front(index).is_some() || !self.transport.flush(members[to]).unwrap_or(false) {
+                        patience.sends.push(members[to]);
+                    }
+                }
                 Some((from, false)) if !blocked && plan.front(index).is_some() => {
                     patience.recvs.push(members[from]);
                 }
