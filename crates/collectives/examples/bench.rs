@@ -93,11 +93,11 @@ fn measure(group: &mut Group, count: usize) -> Result<f64, Box<dyn std::error::E
             return Err("a wrong sum".into());
         }
         // The longest-running rank decides, so that all stop together.
-        go[0] = i32::from(times.len() < 5 || started.elapsed() < Duration::from_millis(400) && times.len() < 400);
+        go[0] =
+            i32::from(times.len() < 5 || started.elapsed() < Duration::from_millis(400) && times.len() < 400);
         group.all_reduce(&mut go, ReduceOp::Max)?;
     }
     group.all_reduce(&mut times, ReduceOp::Max)?;
     times.sort_by(f32::total_cmp);
     Ok(f64::from(times[times.len() / 2]))
 }
-

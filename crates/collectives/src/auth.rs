@@ -38,7 +38,13 @@ impl Key {
         Self(blake3::derive_key("consort collectives 2026 join token", token))
     }
 
-    fn mac(&self, role: &[u8], purpose: Purpose, nonces: [&[u8; NONCE]; 2], statement: &[u8]) -> blake3::Hash {
+    fn mac(
+        &self,
+        role: &[u8],
+        purpose: Purpose,
+        nonces: [&[u8; NONCE]; 2],
+        statement: &[u8],
+    ) -> blake3::Hash {
         let mut hasher = blake3::Hasher::new_keyed(&self.0);
         // Roles have one length each and everything else is of fixed length, so no two inputs run together.
         hasher.update(role).update(&[purpose as u8]).update(nonces[0]).update(nonces[1]).update(statement);

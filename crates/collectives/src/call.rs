@@ -93,7 +93,12 @@ impl Call {
     pub(crate) fn encode(&self, stream_bytes: u64) -> Header {
         let mut out = [0; HEADER_BYTES];
         out[0..4].copy_from_slice(&MAGIC.to_le_bytes());
-        out[4..8].copy_from_slice(&[self.operation as u8, self.algorithm as u8, self.dtype as u8, self.reduce]);
+        out[4..8].copy_from_slice(&[
+            self.operation as u8,
+            self.algorithm as u8,
+            self.dtype as u8,
+            self.reduce,
+        ]);
         out[8..16].copy_from_slice(&self.group.to_le_bytes());
         out[16..24].copy_from_slice(&self.sequence.to_le_bytes());
         out[24..32].copy_from_slice(&self.count.to_le_bytes());

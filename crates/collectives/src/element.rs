@@ -3,7 +3,9 @@
 //! Every rank must end with the same bits, whichever operand came from the network. So both reductions are
 //! commutative to the bit: a sum that is not a number becomes *the* NaN (hardware would keep whichever payload came
 //! first), and a maximum is taken in IEEE's total order (`-0 < +0`), where a NaN wins over every number.
-//! bf16 and f16 are added in f32 and rounded to nearest even at each addition. i32 wraps.
+//! bf16 and f16 are added in f32 and rounded to nearest even at each addition. i32 and i64 wrap around, so their
+//! sums are associative: the same for any algorithm and any division of the terms among ranks. A caller that puts
+//! numbers on a fixed-point grid and must notice an overflow leaves room for log₂(ranks) bits and checks its inputs.
 //!
 //! Loops are plain and the compiler vectorises them, once for the baseline and once for AVX2 and AVX-512.
 
@@ -29,6 +31,8 @@ pub enum DType {
     U8 = 5,
     /// 64-bit unsigned integer: moved, never reduced.
     U64 = 6,
+    /// 64-bit signed integer.
+    I64 = 7,
 }
 
 /// How elements of several ranks become one.
@@ -60,11 +64,12 @@ macro_rules! element {
         impl Element for $t { const DTYPE: DType = DType::$d; }
     )*};
 }
-element!(f32 => F32, bf16 => Bf16, f16 => F16, i32 => I32, u8 => U8, u64 => U64);
+element!(f32 => F32, bf16 => Bf16, f16 => F16, i32 => I32, u8 => U8, u64 => U64, i64 => I64);
 impl Reduce for f32 {}
 impl Reduce for bf16 {}
 impl Reduce for f16 {}
 impl Reduce for i32 {}
+impl Reduce for i64 {}
 
 impl DType {
     /// Bytes of one element; 0 for [`DType::None`].
@@ -74,7 +79,7 @@ impl DType {
             Self::U8 => 1,
             Self::Bf16 | Self::F16 => 2,
             Self::F32 | Self::I32 => 4,
-            Self::U64 => 8,
+            Self::U64 | Self::I64 => 8,
         }
     }
 
@@ -88,11 +93,12 @@ impl DType {
             Self::I32 => "i32",
             Self::U8 => "u8",
             Self::U64 => "u64",
+            Self::I64 => "i64",
         }
     }
 
     pub(crate) fn from_code(code: u8) -> Option<Self> {
-        [Self::None, Self::F32, Self::Bf16, Self::F16, Self::I32, Self::U8, Self::U64]
+        [Self::None, Self::F32, Self::Bf16, Self::F16, Self::I32, Self::U8, Self::U64, Self::I64]
             .into_iter()
             .find(|d| *d as u8 == code)
     }
@@ -122,6 +128,8 @@ pub(crate) fn reducer<T: Reduce>(op: ReduceOp) -> Reducer {
         (DType::Bf16, ReduceOp::Max) => max_bf16,
         (DType::F16, ReduceOp::Sum) => sum_f16,
         (DType::F16, ReduceOp::Max) => max_f16,
+        (DType::I64, ReduceOp::Sum) => sum_i64,
+        (DType::I64, ReduceOp::Max) => max_i64,
         (_, ReduceOp::Sum) => sum_i32,
         (_, ReduceOp::Max) => max_i32,
     }
@@ -174,7 +182,8 @@ macro_rules! elementwise {
                 let (from, _) = from.as_chunks::<$bytes>();
                 for (into, from) in into.iter_mut().zip(from) {
                     let combine: fn($word, $word) -> $word = $combine;
-                    *into = combine(<$word>::from_ne_bytes(*into), <$word>::from_ne_bytes(*from)).to_ne_bytes();
+                    *into =
+                        combine(<$word>::from_ne_bytes(*into), <$word>::from_ne_bytes(*from)).to_ne_bytes();
                 }
             }
             #[cfg(target_arch = "x86_64")]
@@ -208,6 +217,8 @@ elementwise!(max_bf16, u16, 2, larger_16::<0x7f80, 0x7fc0>);
 elementwise!(max_f16, u16, 2, larger_16::<0x7c00, 0x7e00>);
 elementwise!(sum_i32, i32, 4, i32::wrapping_add);
 elementwise!(max_i32, i32, 4, i32::max);
+elementwise!(sum_i64, i64, 8, i64::wrapping_add);
+elementwise!(max_i64, i64, 8, i64::max);
 
 /// f16 goes through f32 in blocks on the stack, with the machine's conversion instructions where it has them.
 fn sum_f16(into: &mut [u8], from: &[u8]) {
@@ -246,12 +257,26 @@ mod tests {
 
     #[test]
     fn either_order_gives_the_same_bits_even_for_what_is_not_a_number() {
-        let strange = [0x7fc0_1234u32, 0xffc0_0001, 0x7f80_0001, 0x8000_0000, 0, 0x7f80_0000, 0xff80_0000, 0x3f80_0000, 1];
+        let strange = [
+            0x7fc0_1234u32,
+            0xffc0_0001,
+            0x7f80_0001,
+            0x8000_0000,
+            0,
+            0x7f80_0000,
+            0xff80_0000,
+            0x3f80_0000,
+            1,
+        ];
         for op in [ReduceOp::Sum, ReduceOp::Max] {
             for x in strange {
                 for y in strange {
                     let (a, b) = (vec![f32::from_bits(x); 19], vec![f32::from_bits(y); 19]);
-                    assert_eq!(bytes_of(&reduced(op, &a, &b)), bytes_of(&reduced(op, &b, &a)), "{op:?} {x:x} {y:x}");
+                    assert_eq!(
+                        bytes_of(&reduced(op, &a, &b)),
+                        bytes_of(&reduced(op, &b, &a)),
+                        "{op:?} {x:x} {y:x}"
+                    );
                 }
             }
         }
@@ -284,5 +309,7 @@ mod tests {
     fn integers_wrap() {
         assert_eq!(reduced(ReduceOp::Sum, &[i32::MAX, 2], &[1, 3]), [i32::MIN, 5]);
         assert_eq!(reduced(ReduceOp::Max, &[i32::MIN, 2], &[1, -3]), [1, 2]);
+        assert_eq!(reduced(ReduceOp::Sum, &[i64::MAX, 1 << 40], &[1, 1 << 40]), [i64::MIN, 1 << 41]);
+        assert_eq!(reduced(ReduceOp::Max, &[i64::MIN, 2], &[1, -3]), [1, 2]);
     }
 }

@@ -70,6 +70,8 @@ pub(crate) struct Flow<'a> {
     /// This rank, of the group.
     pub(crate) rank: usize,
     pub(crate) call: Call,
+    /// Calls before this one, of any group of the epoch.
+    pub(crate) earlier: &'a [Call],
     pub(crate) limit: Duration,
 }
 
@@ -99,7 +101,12 @@ impl Flow<'_> {
         result
     }
 
-    fn turn(&mut self, plan: &mut Plan, buffers: &mut Buffers<'_>, patience: &mut Patience) -> Result<(), Error> {
+    fn turn(
+        &mut self,
+        plan: &mut Plan,
+        buffers: &mut Buffers<'_>,
+        patience: &mut Patience,
+    ) -> Result<(), Error> {
         loop {
             let mut moved = false;
             let mut unfinished = false;
@@ -133,7 +140,12 @@ impl Flow<'_> {
     }
 
     /// One segment of one lane: whether anything moved, and whether the lane is done.
-    fn visit(&mut self, plan: &mut Plan, lane: usize, buffers: &mut Buffers<'_>) -> Result<(bool, bool), Stop> {
+    fn visit(
+        &mut self,
+        plan: &mut Plan,
+        lane: usize,
+        buffers: &mut Buffers<'_>,
+    ) -> Result<(bool, bool), Stop> {
         let Some(index) = plan.front(lane) else {
             return match plan.lanes[lane].peer {
                 Some((to, true)) => Ok((false, self.transport.flush(self.members[to])?)),
@@ -225,7 +237,13 @@ impl Flow<'_> {
                 at,
             },
             Some((theirs, _)) => {
-                Error::Mismatch { peer, mine: self.describe(&self.call), theirs: self.describe(&theirs), at }
+                // The peer may still be where this rank was before: a call that only sends ends before anyone objects.
+                let same_place =
+                    |c: &&Call| c.group == theirs.group && c.sequence == theirs.sequence && **c != theirs;
+                let before = self.earlier.iter().find(same_place);
+                let before = before.map_or(String::new(), |c| format!(" (and {c} before)"));
+                let mine = format!("{}{before}", self.describe(&self.call));
+                Error::Mismatch { peer, mine, theirs: self.describe(&theirs), at }
             }
         }
     }
@@ -245,11 +263,13 @@ impl Flow<'_> {
             // A lane that waits for another of ours waits for that one's peer.
             let blocked = plan.front(index).is_some_and(|step| lane.open && plan.ready(step).1.len == 0);
             match lane.peer {
-                Some((to, true)) if !blocked => {
-                    // A lane that is done and on its way has nothing to wait for.
-                    if plan.front(index).is_some() || !self.transport.flush(members[to]).unwrap_or(false) {
-                        patience.sends.push(members[to]);
-                    }
+                // A lane that is done and on its way has nothing to wait for.
+                Some((to, true))
+                    if !blocked
+                        && (plan.front(index).is_some()
+                            || !self.transport.flush(members[to]).unwrap_or(false)) =>
+                {
+                    patience.sends.push(members[to]);
                 }
                 Some((from, false)) if !blocked && plan.front(index).is_some() => {
                     patience.recvs.push(members[from]);
@@ -354,7 +374,9 @@ pub(crate) fn fault_error(fault: Fault, at: Where) -> Error {
     match fault {
         Fault::Lost { peer, how } => Error::PeerLost { peer, how, at },
         Fault::Left { peer } => Error::PeerLost { peer, how: "it left the group".into(), at },
-        Fault::Silent { peer, silent } => Error::PeerSilent { peer, silent_ms: silent.as_millis() as u64, at },
+        Fault::Silent { peer, silent } => {
+            Error::PeerSilent { peer, silent_ms: silent.as_millis() as u64, at }
+        }
         Fault::Corrupt { peer, what } => Error::Corrupt { peer, what, at },
         Fault::Aborted { by, reason, lost: Some(peer) } if peer != at.rank => {
             Error::PeerLost { peer, how: format!("rank {by}: {reason}"), at }

@@ -19,6 +19,8 @@ use crate::transport::{Transport, TransportKind};
 
 /// Plans kept for calls that come again.
 const PLANS: usize = 32;
+/// Calls remembered, to say what this rank did where a peer still is.
+const EARLIER: usize = 8;
 const NO_ROOT: u32 = u32::MAX;
 
 /// The elements of `chunk` when `count` elements are divided among `world_size` ranks as evenly as can be: the first
@@ -36,6 +38,9 @@ struct Core {
     scratch: Vec<u8>,
     plans: Vec<(PlanKey, Plan)>,
     broken: Option<String>,
+    /// The last calls, in a ring.
+    earlier: Vec<Call>,
+    calls: usize,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -166,7 +171,11 @@ impl Group {
     ///
     /// # Errors
     /// As [`Group::all_reduce`].
-    pub fn reduce_scatter<T: Reduce>(&mut self, buffer: &mut [T], op: ReduceOp) -> Result<Range<usize>, Error> {
+    pub fn reduce_scatter<T: Reduce>(
+        &mut self,
+        buffer: &mut [T],
+        op: ReduceOp,
+    ) -> Result<Range<usize>, Error> {
         let algorithm = self.algorithm(Operation::ReduceScatter, size_of_val(buffer));
         let mut spec = Spec::new::<T>(Operation::ReduceScatter, algorithm, buffer.len());
         spec.reduce = Some((op, reducer::<T>(op)));
@@ -221,7 +230,9 @@ impl Group {
     pub fn all_to_all<T: Element>(&mut self, input: &[T], output: &mut [T]) -> Result<(), Error> {
         if !input.len().is_multiple_of(self.world_size()) {
             let (len, n) = (input.len(), self.world_size());
-            return Err(Error::invalid(format!("all_to_all of {len} elements among {n} ranks: not a multiple")));
+            return Err(Error::invalid(format!(
+                "all_to_all of {len} elements among {n} ranks: not a multiple"
+            )));
         }
         let counts = vec![input.len() / self.world_size(); self.world_size()];
         self.all_to_all_uneven(input, &counts, output, &counts)
@@ -242,7 +253,8 @@ impl Group {
         let recvs = self.offsets::<T>(recv_counts, output.len(), "all_to_all's output")?;
         if send_counts[self.rank] != recv_counts[self.rank] {
             let (sent, received) = (send_counts[self.rank], recv_counts[self.rank]);
-            let what = format!("all_to_all: {sent} elements from this rank to itself, but {received} from itself");
+            let what =
+                format!("all_to_all: {sent} elements from this rank to itself, but {received} from itself");
             return Err(Error::invalid(what));
         }
         let mut spec = Spec::new::<T>(Operation::AllToAll, Algorithm::OneShot, 0);
@@ -371,7 +383,11 @@ impl Group {
 
     fn peer(&self, rank: usize, role: &str) -> Result<(), Error> {
         let n = self.world_size();
-        if rank < n { Ok(()) } else { Err(Error::invalid(format!("{role} {rank} of a group of {n}: it has 0 to {}", n - 1))) }
+        if rank < n {
+            Ok(())
+        } else {
+            Err(Error::invalid(format!("{role} {rank} of a group of {n}: it has 0 to {}", n - 1)))
+        }
     }
 
     fn fits(&self, operation: &str, lengths: [(usize, usize); 2]) -> Result<(), Error> {
@@ -492,16 +508,27 @@ impl Group {
             epoch: self.epoch,
             rank: self.rank,
             call,
+            earlier: &core.earlier,
             limit: self.limit,
         };
         let known = if core.control.changes() == 0 { None } else { core.control.fault() };
         let result = match known {
             Some(fault) => {
-                let at = Where { rank: self.members[self.rank], epoch: self.epoch, call: Some(call), bytes_done: 0 };
+                let at = Where {
+                    rank: self.members[self.rank],
+                    epoch: self.epoch,
+                    call: Some(call),
+                    bytes_done: 0,
+                };
                 Err(fault_error(fault, at))
             }
             None => flow.run(&mut plan, &mut buffers),
         };
+        match core.earlier.get_mut(core.calls % EARLIER) {
+            Some(slot) => *slot = call,
+            None => core.earlier.push(call),
+        }
+        core.calls += 1;
         if spec.repeats {
             if core.plans.len() == PLANS {
                 core.plans.remove(0);

@@ -37,15 +37,15 @@ impl Mesh<'_> {
         let mut slots: Vec<Vec<Option<Stream>>> =
             (0..self.world_size).map(|_| (0..self.connections).map(|_| None).collect()).collect();
         let mut missing = (self.world_size - 1 - self.rank) * self.connections;
-        for rank in 0..self.rank {
-            for number in 0..self.connections {
+        for (rank, slots) in slots.iter_mut().enumerate().take(self.rank) {
+            for (number, slot) in slots.iter_mut().enumerate() {
                 let stream = dial(rank).and_then(|stream| {
                     let statement = self.statement(self.rank, rank, number);
                     auth::connect(&stream, self.key, Purpose::Mesh, &statement, self.deadline)?;
                     Ok(stream)
                 });
                 let stream = stream.map_err(|e| self.late(format!("rank {rank} cannot be reached: {e}")))?;
-                slots[rank][number] = Some(stream);
+                *slot = Some(stream);
             }
         }
         self.listener.set_nonblocking().map_err(|e| Error::system("listen for peers", &e))?;
@@ -61,7 +61,8 @@ impl Mesh<'_> {
                         .collect();
                     return Err(self.late(format!("no connection from rank {}", absent.join(", "))));
                 }
-                let interest = Interest { fd: std::os::fd::AsRawFd::as_raw_fd(self.listener), read: true, write: false };
+                let interest =
+                    Interest { fd: std::os::fd::AsRawFd::as_raw_fd(self.listener), read: true, write: false };
                 let mut ready = Vec::new();
                 // While handshakes run, their ends are looked at often.
                 let nap = if running == 0 { left } else { Duration::from_millis(1) };
@@ -96,7 +97,9 @@ impl Mesh<'_> {
             Ok(())
         })?;
         let links = slots.into_iter().enumerate();
-        Ok(links.map(|(rank, slots)| (rank != self.rank).then(|| slots.into_iter().flatten().collect())).collect())
+        Ok(links
+            .map(|(rank, slots)| (rank != self.rank).then(|| slots.into_iter().flatten().collect()))
+            .collect())
     }
 
     fn greet(&self, stream: Stream) -> Option<(Stream, [u8; STATEMENT])> {

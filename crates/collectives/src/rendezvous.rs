@@ -83,8 +83,14 @@ impl Rendezvous {
         let mut commands = Vec::new();
         let absent: Vec<MemberId> =
             self.members.keys().filter(|id| !self.waiting.contains_key(id)).copied().collect();
-        let back = self.waiting.iter().filter(|(id, _)| self.members.contains_key(id)).map(|(_, since)| *since).min();
-        let enough = if self.members.is_empty() { self.policy.world_size } else { self.policy.min_world_size };
+        let back = self
+            .waiting
+            .iter()
+            .filter(|(id, _)| self.members.contains_key(id))
+            .map(|(_, since)| *since)
+            .min();
+        let enough =
+            if self.members.is_empty() { self.policy.world_size } else { self.policy.min_world_size };
         if self.waiting.len() < enough.max(1) || (!self.members.is_empty() && back.is_none()) {
             return commands;
         }
@@ -190,7 +196,10 @@ mod tests {
                         Command::Begin { epoch: number, members } => {
                             assert_eq!(number, epoch + 1, "seed {seed}");
                             epoch = number;
-                            assert!(members.iter().all(|id| alive.contains(id)), "seed {seed}: a dead member");
+                            assert!(
+                                members.iter().all(|id| alive.contains(id)),
+                                "seed {seed}: a dead member"
+                            );
                             let mut once = members.clone();
                             once.sort_unstable();
                             once.dedup();

@@ -107,7 +107,8 @@ impl Store {
     /// [`Error::Invalid`] for options that nobody can meet, [`Error::System`] where the address cannot be bound.
     pub fn listen(address: &str, token: &[u8], options: StoreOptions) -> Result<Self, Error> {
         let StoreOptions { world_size, min_world_size, settle, max_connections } = options;
-        if world_size == 0 || min_world_size > world_size || max_connections < world_size || world_size > 4096 {
+        if world_size == 0 || min_world_size > world_size || max_connections < world_size || world_size > 4096
+        {
             return Err(Error::invalid(format!(
                 "a store for {world_size} members, at least {min_world_size}, over {max_connections} connections: \
                  it must be 1 ≤ min_world_size ≤ world_size ≤ max_connections, and at most 4096 members"
@@ -167,7 +168,11 @@ impl Door {
         let mut ready = Vec::new();
         loop {
             let fds = [self.listener.as_raw_fd(), self.woken.as_raw_fd()];
-            poll(&fds.map(|fd| Interest { fd, read: true, write: false }), Duration::from_secs(60), &mut ready);
+            poll(
+                &fds.map(|fd| Interest { fd, read: true, write: false }),
+                Duration::from_secs(60),
+                &mut ready,
+            );
             if ready.get(1) == Some(&true) {
                 return;
             }
@@ -314,14 +319,12 @@ impl Membership {
         loop {
             let tried = connect_tcp(address, deadline);
             let error = match tried {
-                Ok(stream) => {
-                    match auth::connect(&stream, key, Purpose::Store, &[0; STATEMENT], deadline) {
-                        Ok(()) => return Ok(Self { stream, address: address.to_owned() }),
-                        Err(error) => {
-                            return Err(Error::Refused { address: address.to_owned(), what: refusal(&error) });
-                        }
+                Ok(stream) => match auth::connect(&stream, key, Purpose::Store, &[0; STATEMENT], deadline) {
+                    Ok(()) => return Ok(Self { stream, address: address.to_owned() }),
+                    Err(error) => {
+                        return Err(Error::Refused { address: address.to_owned(), what: refusal(&error) });
                     }
-                }
+                },
                 Err(error) => error,
             };
             if Instant::now() + pause >= deadline {
@@ -351,14 +354,20 @@ impl Membership {
             .and_then(|()| write_message(&self.stream, &Message::Join(introduction.clone())))
             .and_then(|()| read_message(&self.stream));
         match answer {
-            Ok(Message::Begin { epoch, rank, members }) if rank < members.len() => Ok(Begin { epoch, rank, members }),
-            Ok(_) => Err(Error::Refused { address: self.address.clone(), what: "it answers something else".into() }),
+            Ok(Message::Begin { epoch, rank, members }) if rank < members.len() => {
+                Ok(Begin { epoch, rank, members })
+            }
+            Ok(_) => Err(Error::Refused {
+                address: self.address.clone(),
+                what: "it answers something else".into(),
+            }),
             Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut) => {
                 let limit_ms = started.elapsed().as_millis() as u64;
                 Err(Error::Rendezvous { limit_ms, what: "not enough members came".into() })
             }
             Err(error) => {
-                let what = format!("it closed the connection ({error}): the store ended, or this member was fenced");
+                let what =
+                    format!("it closed the connection ({error}): the store ended, or this member was fenced");
                 Err(Error::Refused { address: self.address.clone(), what })
             }
         }

@@ -35,8 +35,11 @@ macro_rules! number {
     };
 }
 number!(f32, |v| v as f32, f32::from_bits, f32::to_bits);
-number!(bf16, |v| bf16::from_f32(v as f32), |r: u32| bf16::from_bits(r as u16), |x: bf16| u32::from(x.to_bits()));
+number!(bf16, |v| bf16::from_f32(v as f32), |r: u32| bf16::from_bits(r as u16), |x: bf16| u32::from(
+    x.to_bits()
+));
 number!(f16, |v| f16::from_f32(v as f32), |r: u32| f16::from_bits(r as u16), |x: f16| u32::from(x.to_bits()));
+number!(i64, i64::from, |r: u32| i64::from(r) << 31 | i64::from(r), |x: i64| x as u32 ^ (x >> 32) as u32);
 number!(i32, |v| v, |r| r as i32, |x| x as u32);
 
 /// Element `i` of rank `rank`: small enough that nine of them add without rounding even in bf16.
@@ -107,6 +110,7 @@ on_every_transport! {
     reduces_bf16: super::reductions::<super::bf16>;
     reduces_f16: super::reductions::<super::f16>;
     reduces_i32: super::reductions::<i32>;
+    reduces_i64: super::reductions::<i64>;
     gives_every_rank_the_same_bits: super::same_bits;
     moves: super::moves;
     runs_subgroups: super::subgroups;
@@ -138,6 +142,7 @@ fn same_bits(group: &mut Group) {
     check::<bf16>(group);
     check::<f16>(group);
     check::<i32>(group);
+    check::<i64>(group);
 }
 
 fn moves(group: &mut Group) {

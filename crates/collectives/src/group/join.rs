@@ -91,7 +91,9 @@ fn form(mut ticket: Ticket, deadline: Instant) -> Result<Group, Error> {
             Ok((transport, control)) => return Ok(stand(ticket, &begin, transport, control)),
             Err(error @ Error::Invalid { .. }) => return Err(error),
             Err(error) if Instant::now() >= deadline => return Err(error),
-            Err(error) => tracing::warn!(epoch = begin.epoch, %error, "an epoch did not come to stand; trying the next"),
+            Err(error) => {
+                tracing::warn!(epoch = begin.epoch, %error, "an epoch did not come to stand; trying the next")
+            }
         }
     }
 }
@@ -99,7 +101,15 @@ fn form(mut ticket: Ticket, deadline: Instant) -> Result<Group, Error> {
 fn stand(ticket: Ticket, begin: &Begin, transport: Box<dyn Transport>, control: Control) -> Group {
     let n = begin.members.len();
     let kind = transport.kind();
-    let core = Core { transport, control, scratch: Vec::new(), plans: Vec::new(), broken: None };
+    let core = Core {
+        transport,
+        control,
+        scratch: Vec::new(),
+        plans: Vec::new(),
+        broken: None,
+        earlier: Vec::new(),
+        calls: 0,
+    };
     Group {
         core: Arc::new(Mutex::new(core)),
         members: (0..n).collect(),
@@ -134,8 +144,12 @@ impl Meeting {
         let (local, name) = Listener::local().map(|(listener, name)| (listener, Some(name))).map_err(fail)?;
         #[cfg(not(target_os = "linux"))]
         let name = None;
-        let introduction =
-            Introduction { host: host(), tcp: tcp_address.to_string(), local: name, only: ticket.options.transport };
+        let introduction = Introduction {
+            host: host(),
+            tcp: tcp_address.to_string(),
+            local: name,
+            only: ticket.options.transport,
+        };
         Ok(Self {
             introduction,
             tcp,
@@ -221,9 +235,9 @@ fn choose(members: &[Introduction]) -> Result<TransportKind, Error> {
     let one_host = members.iter().all(|m| m.local.is_some() && m.host == members[0].host);
     let wants = |kind| members.iter().position(|m| m.only == Some(kind));
     match (wants(TransportKind::SharedMemory), wants(TransportKind::Tcp)) {
-        (Some(a), Some(b)) => {
-            Err(Error::invalid(format!("rank {a} insists on shared memory and rank {b} on TCP: they must agree")))
-        }
+        (Some(a), Some(b)) => Err(Error::invalid(format!(
+            "rank {a} insists on shared memory and rank {b} on TCP: they must agree"
+        ))),
         (Some(rank), None) if !one_host => Err(Error::invalid(format!(
             "rank {rank} insists on shared memory, but not all members are on one host (with one network namespace)"
         ))),
@@ -236,6 +250,7 @@ fn choose(members: &[Introduction]) -> Result<TransportKind, Error> {
 /// Equal for processes of one boot of one machine in one network namespace, which can reach each other's local sockets.
 fn host() -> String {
     let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
-    let network = std::fs::read_link("/proc/self/ns/net").map(|p| p.display().to_string()).unwrap_or_default();
+    let network =
+        std::fs::read_link("/proc/self/ns/net").map(|p| p.display().to_string()).unwrap_or_default();
     format!("{} {network}", boot.trim())
 }

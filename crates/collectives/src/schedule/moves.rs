@@ -50,7 +50,9 @@ pub fn broadcast(algorithm: Algorithm, shape: Shape, root: usize) -> Vec<Step> {
     let number = (shape.rank + n - root) % n;
     let real = |number: usize| (number + root) % n;
     let (parent, children) = match algorithm {
-        Algorithm::Ring => (number.checked_sub(1), (number + 1 < n).then_some(number + 1).into_iter().collect()),
+        Algorithm::Ring => {
+            (number.checked_sub(1), (number + 1 < n).then_some(number + 1).into_iter().collect())
+        }
         Algorithm::OneShot if number == 0 => (None, (1..n).collect()),
         Algorithm::OneShot => (Some(0), Vec::new()),
         Algorithm::Tree | Algorithm::HalvingDoubling => {

@@ -167,7 +167,8 @@ mod tests {
         let n = nodes.len();
         let mut wires: Vec<VecDeque<u8>> = vec![VecDeque::new(); n * n];
         let mut idle = 0;
-        while nodes.iter().any(|node| (0..node.plan.lanes.len()).any(|lane| node.plan.front(lane).is_some())) {
+        while nodes.iter().any(|node| (0..node.plan.lanes.len()).any(|lane| node.plan.front(lane).is_some()))
+        {
             assert!(idle < 200_000, "deadlock");
             idle += 1;
             let rank = random(n);
@@ -192,7 +193,9 @@ mod tests {
                         let byte = wires[from * n + rank].pop_front().unwrap();
                         node.regions[at][i] = node.regions[at][i].wrapping_add(byte);
                     }
-                    Action::Copy(other) => node.regions[at][i] = node.regions[other.region as usize][other.start + offset],
+                    Action::Copy(other) => {
+                        node.regions[at][i] = node.regions[other.region as usize][other.start + offset]
+                    }
                     Action::Reduce(other) => {
                         let byte = node.regions[other.region as usize][other.start + offset];
                         node.regions[at][i] = node.regions[at][i].wrapping_add(byte);
@@ -210,11 +213,8 @@ mod tests {
 
     fn random(seed: u64) -> impl FnMut(usize) -> usize {
         let mut philox = Philox::new(seed, 0);
-        
-        move |below| {
-            
-            philox.next_u64() as usize % below
-        }
+
+        move |below| philox.next_u64() as usize % below
     }
 
     #[test]
@@ -232,7 +232,9 @@ mod tests {
                             })
                             .collect();
                         let want: Vec<u8> = (0..count)
-                            .map(|i| (0..world_size).fold(0u8, |a, r| a.wrapping_add((1 << (r % 8)) + i as u8)))
+                            .map(|i| {
+                                (0..world_size).fold(0u8, |a, r| a.wrapping_add((1 << (r % 8)) + i as u8))
+                            })
                             .collect();
                         for (rank, got) in run(nodes, &mut random(seed)).into_iter().enumerate() {
                             assert_eq!(got, want, "{algorithm:?} rank {rank} of {world_size} seed {seed}");

@@ -98,7 +98,8 @@ impl SharedMemory {
         if capacity - (out.head - out.tail) < want {
             let tail = self.map.tail(self.rank, to).load(Ordering::Acquire);
             if tail < out.tail || tail > out.published {
-                let what = format!("position {tail} outside {}..={} of the shared ring", out.tail, out.published);
+                let what =
+                    format!("position {tail} outside {}..={} of the shared ring", out.tail, out.published);
                 return Err(Fault::Corrupt { peer: to, what });
             }
             out.tail = tail;
@@ -143,7 +144,9 @@ impl SharedMemory {
     }
 
     fn is_ready(&self, sends: &[usize], recvs: &[usize]) -> bool {
-        recvs.iter().any(|from| self.map.head(*from, self.rank).load(Ordering::Acquire) > self.ins[*from].tail)
+        recvs
+            .iter()
+            .any(|from| self.map.head(*from, self.rank).load(Ordering::Acquire) > self.ins[*from].tail)
             || sends.iter().any(|to| {
                 let out = &self.outs[*to];
                 let tail = self.map.tail(self.rank, *to).load(Ordering::Acquire);

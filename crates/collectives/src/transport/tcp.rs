@@ -273,7 +273,8 @@ impl Transport for Tcp {
 
     fn send(&mut self, to: usize, bytes: &[u8]) -> Result<usize, Fault> {
         let peer = self.peers[to].as_mut().ok_or_else(|| myself(to))?;
-        let mut begun = peer.out.iter().filter(|f| f.body.is_none()).map(|f| f.start + f.len).max().unwrap_or(0);
+        let mut begun =
+            peer.out.iter().filter(|f| f.body.is_none()).map(|f| f.start + f.len).max().unwrap_or(0);
         while begun < bytes.len() {
             let len = (bytes.len() - begun).min(FRAME_BYTES);
             if !peer.begin(DATA, None, begun, len) {
@@ -341,7 +342,11 @@ impl Transport for Tcp {
         for from in recvs {
             let Some(peer) = &self.peers[*from] else { continue };
             let connection = (peer.in_number % peer.connections.len() as u64) as usize;
-            interests.push(Interest { fd: peer.connections[connection].as_raw_fd(), read: true, write: false });
+            interests.push(Interest {
+                fd: peer.connections[connection].as_raw_fd(),
+                read: true,
+                write: false,
+            });
         }
         let mut ready = Vec::new();
         poll(&interests, timeout, &mut ready);

@@ -49,7 +49,8 @@ fn layout(world_size: usize) -> (usize, usize) {
 impl Mapping {
     /// Makes the file of an epoch and maps it.
     pub(crate) fn create(epoch: u64, world_size: usize) -> Result<(Self, OwnedFd), Error> {
-        let fail = |what: &str| Error::system(format!("{what} for shared memory"), &io::Error::last_os_error());
+        let fail =
+            |what: &str| Error::system(format!("{what} for shared memory"), &io::Error::last_os_error());
         let (_, len) = layout(world_size);
         // SAFETY: the name is a C string; the result is checked.
         let fd = unsafe {
@@ -63,7 +64,8 @@ impl Mapping {
         // SAFETY: plain system calls on a descriptor that we own.
         let sized = unsafe {
             libc::ftruncate(fd.as_raw_fd(), len as libc::off_t) == 0
-                && libc::fcntl(fd.as_raw_fd(), libc::F_ADD_SEALS, libc::F_SEAL_SHRINK | libc::F_SEAL_GROW) == 0
+                && libc::fcntl(fd.as_raw_fd(), libc::F_ADD_SEALS, libc::F_SEAL_SHRINK | libc::F_SEAL_GROW)
+                    == 0
         };
         if !sized {
             return Err(fail("size a memory file"));
@@ -111,8 +113,9 @@ impl Mapping {
             )
         };
         let base = NonNull::new(base.cast::<u8>()).filter(|_| base != libc::MAP_FAILED);
-        let base =
-            base.ok_or_else(|| Error::system(format!("map {len} bytes of shared memory"), &io::Error::last_os_error()))?;
+        let base = base.ok_or_else(|| {
+            Error::system(format!("map {len} bytes of shared memory"), &io::Error::last_os_error())
+        })?;
         Ok(Self { base, len, world_size, ring_bytes })
     }
 
