@@ -154,7 +154,7 @@ impl Error {
 
 /// What a transport or the control plane reports, before it is known which call it struck.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Fault {
+pub(crate) enum Fault {
     /// A peer's connection is closed.
     Lost {
         /// The peer.

@@ -17,7 +17,7 @@
 //!
 //! - [`schedule`]: an algorithm (ring, halving and doubling, tree, one-shot) is a *list of steps* for one rank, made by
 //!   a pure function. Nothing else knows what a ring is.
-//! - [`transport`]: ordered bytes between each pair of ranks, without blocking; shared memory or TCP.
+//! - `transport`: ordered bytes between each pair of ranks, without blocking; shared memory or TCP.
 //! - `flow`: one engine that runs any schedule on any transport, as a dataflow: a step may work on the bytes that the
 //!   steps before it are done with, so chunks are pipelined in segments whatever the algorithm.
 //! - `control`: who is alive. One thread a group listens to a connection from every peer; a process that dies closes it.
@@ -40,7 +40,7 @@ mod pending;
 pub mod rendezvous;
 pub mod schedule;
 mod store;
-pub mod transport;
+mod transport;
 
 pub use call::{Call, Operation};
 pub use element::{DType, Element, Reduce, ReduceOp};

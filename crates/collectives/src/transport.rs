@@ -35,13 +35,13 @@ impl TransportKind {
 }
 
 /// Ends a [`Transport::wait`] from another thread.
-pub type Waker = Arc<dyn Fn() + Send + Sync>;
+pub(crate) type Waker = Arc<dyn Fn() + Send + Sync>;
 
 /// `into[i] = into[i] ∘ from[i]` over bytes that hold whole elements.
-pub type ReduceFn = fn(into: &mut [u8], from: &[u8]);
+pub(crate) type ReduceFn = fn(into: &mut [u8], from: &[u8]);
 
 /// Ordered streams of bytes between this rank and each other one.
-pub trait Transport: Send {
+pub(crate) trait Transport: Send {
     /// Which it is.
     fn kind(&self) -> TransportKind;
 
