@@ -31,11 +31,13 @@ pub enum Algorithm {
     Tree = 3,
     /// Everyone talks to everyone at once: one round, n−1 times the bytes.
     OneShot = 4,
+    /// Every chunk's owner collects it from all and hands it out: least bytes, two rounds, n−1 partners at once.
+    Direct = 5,
 }
 
 impl Algorithm {
     /// All of them.
-    pub const ALL: [Self; 4] = [Self::Ring, Self::HalvingDoubling, Self::Tree, Self::OneShot];
+    pub const ALL: [Self; 5] = [Self::Ring, Self::HalvingDoubling, Self::Tree, Self::OneShot, Self::Direct];
 
     /// The name by which it can be asked for.
     pub fn name(self) -> &'static str {
@@ -44,6 +46,7 @@ impl Algorithm {
             Self::HalvingDoubling => "halving_doubling",
             Self::Tree => "tree",
             Self::OneShot => "one_shot",
+            Self::Direct => "direct",
         }
     }
 

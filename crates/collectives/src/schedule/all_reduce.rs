@@ -1,6 +1,6 @@
-//! Reductions: ring, halving and doubling, tree, one-shot.
+//! Reductions: ring, halving and doubling, tree, one-shot, direct.
 //!
-//! With n ranks and a vector of b bytes, each rank sends: ring and halving 2·(n−1)/n·b, tree b to 2·b (log n at the
+//! With n ranks and a vector of b bytes, each rank sends: ring, halving and direct 2·(n−1)/n·b, tree b to 2·b (log n at the
 //! root), one-shot (n−1)·b. The order of additions of each is given where its steps are made; it depends on nothing
 //! but the world size and the element's place, so a repeated call gives the same bits.
 
@@ -20,6 +20,7 @@ pub fn all_reduce(algorithm: Algorithm, shape: Shape) -> Vec<Step> {
         Algorithm::HalvingDoubling => halving_doubling(shape, &mut steps),
         Algorithm::Tree => tree(shape, &mut steps),
         Algorithm::OneShot => one_shot(shape, &mut steps),
+        Algorithm::Direct => direct(shape, &mut steps),
     }
     steps
 }
@@ -140,6 +141,24 @@ fn tree(shape: Shape, steps: &mut Vec<Step>) {
     }
     for child in children.iter().rev() {
         steps.push(Step { action: Action::Send(*child), span: whole });
+    }
+}
+
+/// Sum, for chunk c: ((x[c] + x[c−1]) + x[c−2]) + …, ranks modulo n.
+fn direct(shape: Shape, steps: &mut Vec<Step>) {
+    let own = shape.chunk(shape.rank);
+    let distances = 1..shape.world_size;
+    for to in distances.clone().map(|distance| shape.after(distance)) {
+        steps.push(Step { action: Action::Send(to), span: shape.chunk(to) });
+    }
+    for from in distances.clone().map(|distance| shape.before(distance)) {
+        steps.push(Step { action: Action::RecvReduce(from), span: own });
+    }
+    for to in distances.clone().map(|distance| shape.after(distance)) {
+        steps.push(Step { action: Action::Send(to), span: own });
+    }
+    for from in distances.map(|distance| shape.before(distance)) {
+        steps.push(Step { action: Action::Recv(from), span: shape.chunk(from) });
     }
 }
 

@@ -55,7 +55,7 @@ pub fn broadcast(algorithm: Algorithm, shape: Shape, root: usize) -> Vec<Step> {
         }
         Algorithm::OneShot if number == 0 => (None, (1..n).collect()),
         Algorithm::OneShot => (Some(0), Vec::new()),
-        Algorithm::Tree | Algorithm::HalvingDoubling => {
+        _ => {
             let (parent, mut children) = binomial(number, n);
             children.reverse();
             (parent, children)
