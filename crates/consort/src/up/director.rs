@@ -439,7 +439,7 @@ impl Fixed {
     /// The keys of these whose value is another one now.
     fn other(&self, new: &Deployment) -> Vec<String> {
         let keys = [("listen", self.listen != new.listen), ("[tls]", self.tls != new.tls)];
-        keys.into_iter().filter_map(|(name, changed)| changed.then(|| name.to_owned())).collect()
+        keys.into_iter().filter(|(_, changed)| *changed).map(|(name, _)| name.to_owned()).collect()
     }
 }
 
