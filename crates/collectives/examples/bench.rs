@@ -1,7 +1,7 @@
 //! Measures all-reduce between processes of this machine.
 //!
 //! ```text
-//! cargo run --release -p consort-collectives --example bench -- [RANKS] [shm|tcp] [ALGORITHM|auto] [BYTES …]
+//! cargo run --release -p consort-collectives --example bench -- [RANKS] [shm|tcp|tls] [ALGORITHM|auto] [BYTES …]
 //! ```
 //!
 //! Bandwidths by the formulas of NCCL's tests: algorithm bandwidth is bytes of the vector over time; bus bandwidth is
@@ -41,10 +41,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
 
 fn worker(store: &str, args: &[String]) -> Result<(), Box<dyn std::error::Error>> {
     let mut options = JoinOptions::new(store, TOKEN);
-    options.transport = match args.get(1).map(String::as_str) {
-        Some("tcp") => Some(TransportKind::Tcp),
-        _ => Some(TransportKind::SharedMemory),
-    };
+    let kind = args.get(1).map_or("shm", String::as_str);
+    options.transport = Some(TransportKind::by_name(kind).ok_or("the transport is shm, tcp or tls")?);
     let mut group = Group::join(options)?;
     let algorithm = args.get(2).map_or("auto", String::as_str);
     group.set_algorithm(Algorithm::by_name(algorithm));

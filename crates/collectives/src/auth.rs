@@ -2,16 +2,17 @@
 //!
 //! ```text
 //! connector → magic, version, purpose, nonce
-//! acceptor  → magic, nonce, MAC(token, "accept", purpose, both nonces)
-//! connector → statement (who it is), MAC(token, "connect", purpose, both nonces, statement)
+//! acceptor  → magic, nonce, MAC(token, "accept", purpose, both nonces, binding)
+//! connector → statement (who it is), MAC(token, "connect", purpose, both nonces, binding, statement)
 //! acceptor  → 1
 //! ```
 //!
-//! The MAC is keyed BLAKE3. A replay fails by its nonces, a reflection by the two roles' words. The acceptor answers a
-//! stranger's nonce with a MAC, so a token must not be guessable: use at least 16 random bytes. This keeps strangers
-//! out; it does not encrypt.
+//! The MAC is keyed BLAKE3. A replay fails by its nonces, a reflection by the two roles' words. Over TLS the *binding* is
+//! what only this session's two ends know, so a proof cannot be passed on through somebody in between; without TLS it
+//! is zeros. The acceptor answers a stranger's nonce with a MAC, so a token must not be guessable: use at least 16
+//! random bytes.
 
-use std::io::{self, Read, Write};
+use std::io;
 use std::time::Instant;
 
 use crate::net::Stream;
@@ -43,11 +44,18 @@ impl Key {
         role: &[u8],
         purpose: Purpose,
         nonces: [&[u8; NONCE]; 2],
+        binding: &[u8; 32],
         statement: &[u8],
     ) -> blake3::Hash {
         let mut hasher = blake3::Hasher::new_keyed(&self.0);
         // Roles have one length each and everything else is of fixed length, so no two inputs run together.
-        hasher.update(role).update(&[purpose as u8]).update(nonces[0]).update(nonces[1]).update(statement);
+        hasher
+            .update(role)
+            .update(&[purpose as u8])
+            .update(nonces[0])
+            .update(nonces[1])
+            .update(binding)
+            .update(statement);
         hasher.finalize()
     }
 }
@@ -64,21 +72,21 @@ fn stranger(what: &str) -> io::Error {
 
 /// The connector's side.
 pub(crate) fn connect(
-    mut stream: &Stream,
+    stream: &Stream,
     key: &Key,
     purpose: Purpose,
     statement: &[u8; STATEMENT],
     deadline: Instant,
 ) -> io::Result<()> {
-    stream.set_deadline(deadline)?;
+    let binding = stream.binding()?;
     let mine = nonce()?;
     let mut hello = [0; 8 + NONCE];
     hello[..4].copy_from_slice(&MAGIC);
     hello[4] = purpose as u8;
     hello[8..].copy_from_slice(&mine);
-    stream.write_all(&hello)?;
+    stream.write_whole(&hello, deadline)?;
     let mut answer = [0; 4 + NONCE + 32];
-    stream.read_exact(&mut answer)?;
+    stream.read_all(&mut answer, Some(deadline))?;
     if answer[..4] != MAGIC {
         return Err(stranger("it is no store or worker of this version"));
     }
@@ -87,29 +95,29 @@ pub(crate) fn connect(
     let mut mac = [0; 32];
     mac.copy_from_slice(&answer[4 + NONCE..]);
     // Comparing two hashes takes the same time wherever they differ.
-    if key.mac(b"accept", purpose, [&mine, &theirs], &[]) != blake3::Hash::from_bytes(mac) {
+    if key.mac(b"accept", purpose, [&mine, &theirs], &binding, &[]) != blake3::Hash::from_bytes(mac) {
         return Err(stranger("its token is another one"));
     }
     let mut proof = [0; STATEMENT + 32];
     proof[..STATEMENT].copy_from_slice(statement);
-    let mac = key.mac(b"connect", purpose, [&mine, &theirs], statement);
+    let mac = key.mac(b"connect", purpose, [&mine, &theirs], &binding, statement);
     proof[STATEMENT..].copy_from_slice(mac.as_bytes());
-    stream.write_all(&proof)?;
+    stream.write_whole(&proof, deadline)?;
     let mut welcome = [0];
-    stream.read_exact(&mut welcome)?;
+    stream.read_all(&mut welcome, Some(deadline))?;
     Ok(())
 }
 
 /// The acceptor's side: what the connector says about itself.
 pub(crate) fn accept(
-    mut stream: &Stream,
+    stream: &Stream,
     key: &Key,
     purpose: Purpose,
     deadline: Instant,
 ) -> io::Result<[u8; STATEMENT]> {
-    stream.set_deadline(deadline)?;
+    let binding = stream.binding()?;
     let mut hello = [0; 8 + NONCE];
-    stream.read_exact(&mut hello)?;
+    stream.read_all(&mut hello, Some(deadline))?;
     if hello[..4] != MAGIC || hello[4] != purpose as u8 {
         return Err(stranger("it speaks something else"));
     }
@@ -119,19 +127,19 @@ pub(crate) fn accept(
     let mut answer = [0; 4 + NONCE + 32];
     answer[..4].copy_from_slice(&MAGIC);
     answer[4..4 + NONCE].copy_from_slice(&mine);
-    let mac = key.mac(b"accept", purpose, [&theirs, &mine], &[]);
+    let mac = key.mac(b"accept", purpose, [&theirs, &mine], &binding, &[]);
     answer[4 + NONCE..].copy_from_slice(mac.as_bytes());
-    stream.write_all(&answer)?;
+    stream.write_whole(&answer, deadline)?;
     let mut proof = [0; STATEMENT + 32];
-    stream.read_exact(&mut proof)?;
+    stream.read_all(&mut proof, Some(deadline))?;
     let mut statement = [0; STATEMENT];
     statement.copy_from_slice(&proof[..STATEMENT]);
     let mut mac = [0; 32];
     mac.copy_from_slice(&proof[STATEMENT..]);
-    if key.mac(b"connect", purpose, [&theirs, &mine], &statement) != blake3::Hash::from_bytes(mac) {
+    if key.mac(b"connect", purpose, [&theirs, &mine], &binding, &statement) != blake3::Hash::from_bytes(mac) {
         return Err(stranger("its token is another one"));
     }
-    stream.write_all(&[1])?;
+    stream.write_whole(&[1], deadline)?;
     Ok(statement)
 }
 

@@ -170,6 +170,8 @@ impl Link {
                 Err(_) => self.outbox.clear(),
             }
         }
+        // An error is found again where the connection is read.
+        let _ = self.stream.push();
     }
 }
 
@@ -204,7 +206,12 @@ impl Watcher {
             }
             if let Some(until) = leaving {
                 // Closing with unread bytes would reset the connection and take the last words with it.
-                for link in self.links.iter().flatten().filter(|link| link.outbox.is_empty()) {
+                for link in self
+                    .links
+                    .iter()
+                    .flatten()
+                    .filter(|link| link.outbox.is_empty() && !link.stream.pending())
+                {
                     link.stream.shutdown_write();
                 }
                 if now >= until || self.links.iter().all(Option::is_none) {
@@ -228,7 +235,7 @@ impl Watcher {
     fn wait(&mut self, until: Instant) {
         let mut interests = vec![Interest { fd: self.listen.as_raw_fd(), read: true, write: false }];
         for link in self.links.iter().flatten() {
-            let write = !link.outbox.is_empty();
+            let write = !link.outbox.is_empty() || link.stream.pending();
             interests.push(Interest { fd: link.stream.as_raw_fd(), read: true, write });
         }
         let mut ready = Vec::new();

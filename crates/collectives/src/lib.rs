@@ -1,5 +1,5 @@
 //! Process groups: the ranks of a job add vectors, pass them round and wait for each other, over shared memory on one
-//! host or over TCP, and never hang.
+//! host or over TLS, and never hang.
 //!
 //! ```no_run
 //! use consort_collectives::{Group, JoinOptions, ReduceOp, Store, StoreOptions};
@@ -25,7 +25,8 @@
 //! [`Store`] is where members meet: it forms an epoch, and after a failure the survivors' next one.
 //!
 //! The protocol, the order of additions and what each failure becomes are in `ALGORITHM.md` beside this crate's
-//! manifest. Traffic between hosts is authenticated by the job's token when a connection is made, and not encrypted.
+//! manifest. Traffic between hosts is encrypted and both ends have certificates of the job's own authority; the job's
+//! token is what lets a member in.
 
 mod auth;
 mod call;
@@ -40,6 +41,7 @@ mod pending;
 pub mod rendezvous;
 pub mod schedule;
 mod store;
+mod tls;
 mod transport;
 
 pub use call::{Call, Operation};

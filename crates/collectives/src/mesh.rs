@@ -1,15 +1,17 @@
 //! The connections between all members of a new epoch.
 //!
-//! Each rank listens, and connects to every lower rank. Both ends prove the token and state epoch, ranks and the
+//! Each rank listens, and connects to every lower rank. Both ends prove the token (and,
+//! over TLS, their certificates) and state epoch, ranks and the
 //! connection's number, so a member of an old epoch, a stranger or a port scanner ends in a log line and nothing else.
 //! Cost: n−1 handshakes a connection number and rank, in parallel.
 
-use std::sync::mpsc;
+use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
 use crate::auth::{self, Key, Purpose, STATEMENT};
 use crate::error::Error;
-use crate::net::{Interest, Listener, Stream, poll};
+use crate::net::{Interest, Listener, Stream, TlsStream, poll};
+use crate::tls::{self, Identity};
 
 /// Handshakes that may run at once; more connections wait in the system's queue.
 const HANDSHAKES: usize = 64;
@@ -25,6 +27,8 @@ pub(crate) struct Mesh<'a> {
     pub(crate) connections: usize,
     pub(crate) listener: &'a Listener,
     pub(crate) key: &'a Key,
+    /// How to encrypt, where that is wanted.
+    pub(crate) identity: Option<&'a Identity>,
     pub(crate) deadline: Instant,
 }
 
@@ -39,7 +43,7 @@ impl Mesh<'_> {
         let mut missing = (self.world_size - 1 - self.rank) * self.connections;
         for (rank, slots) in slots.iter_mut().enumerate().take(self.rank) {
             for (number, slot) in slots.iter_mut().enumerate() {
-                let stream = dial(rank).and_then(|stream| {
+                let stream = dial(rank).and_then(|stream| self.encrypt(stream, rank)).and_then(|stream| {
                     let statement = self.statement(self.rank, rank, number);
                     auth::connect(&stream, self.key, Purpose::Mesh, &statement, self.deadline)?;
                     Ok(stream)
@@ -102,21 +106,49 @@ impl Mesh<'_> {
             .collect())
     }
 
+    /// Wraps a connection that this rank has made to `rank`, where TLS is wanted.
+    fn encrypt(&self, stream: Stream, rank: usize) -> std::io::Result<Stream> {
+        match (stream, self.identity) {
+            (Stream::Tcp(tcp), Some(identity)) => {
+                let (config, name) = (Arc::clone(&identity.client), tls::name(self.epoch, rank));
+                TlsStream::connect(tcp, config, name, self.deadline).map(|tls| Stream::Tls(Box::new(tls)))
+            }
+            (stream, _) => Ok(stream),
+        }
+    }
+
+    /// As the side that was called: who is there must have a certificate of this epoch, and say the same rank.
+    fn welcome(&self, stream: Stream, deadline: Instant) -> std::io::Result<(Stream, [u8; STATEMENT])> {
+        stream.set_nonblocking(false)?;
+        let stream = match (stream, self.identity) {
+            (Stream::Tcp(tcp), Some(identity)) => {
+                tcp.set_nodelay(true)?;
+                Stream::Tls(Box::new(TlsStream::accept(tcp, Arc::clone(&identity.server), deadline)?))
+            }
+            (Stream::Tcp(tcp), None) => {
+                tcp.set_nodelay(true)?;
+                Stream::Tcp(tcp)
+            }
+            (stream, _) => stream,
+        };
+        let statement = auth::accept(&stream, self.key, Purpose::Mesh, deadline)?;
+        if let Stream::Tls(tls) = &stream {
+            let rank = u32::from_le_bytes(std::array::from_fn(|i| statement[8 + i])) as usize;
+            if !tls.peer_is(&tls::name(self.epoch, rank)) {
+                let what = format!("it says that it is rank {rank}, and its certificate doesn't");
+                return Err(std::io::Error::new(std::io::ErrorKind::PermissionDenied, what));
+            }
+        }
+        Ok((stream, statement))
+    }
+
     fn greet(&self, stream: Stream) -> Option<(Stream, [u8; STATEMENT])> {
         let deadline = self.deadline.min(Instant::now() + HANDSHAKE);
-        let greeted = stream
-            .set_nonblocking(false)
-            .and_then(|()| auth::accept(&stream, self.key, Purpose::Mesh, deadline));
-        match greeted {
-            Ok(statement) => {
-                if let Stream::Tcp(tcp) = &stream {
-                    // Short messages go at once; where this fails they are only slower.
-                    let _ = tcp.set_nodelay(true);
-                }
-                Some((stream, statement))
-            }
+        let peer = stream.peer();
+        match self.welcome(stream, deadline) {
+            Ok(welcomed) => Some(welcomed),
             Err(error) => {
-                tracing::warn!(peer = %stream.peer(), %error, "refused a connection to this worker");
+                tracing::warn!(%peer, %error, "refused a connection to this worker");
                 None
             }
         }
@@ -133,5 +165,74 @@ impl Mesh<'_> {
 
     fn late(&self, what: String) -> Error {
         Error::Rendezvous { limit_ms: 0, what: format!("epoch {}: {what}", self.epoch) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read, Write};
+    use std::net::TcpStream;
+
+    use super::*;
+    use crate::tls::{Authority, MemberKey};
+
+    fn identity(authority: &Authority, epoch: u64, rank: usize) -> Identity {
+        let key = MemberKey::new().unwrap();
+        let certificate = authority.issue(key.public(), epoch, rank).unwrap();
+        key.identity(&certificate, authority.certificate()).unwrap()
+    }
+
+    /// Rank 0 of two waits for rank 1. Before that one come: garbage; a connection that says nothing; one that hangs up
+    /// at once; the right token with a certificate of another job, of another epoch, and of another rank; and another
+    /// token with the right certificate. Each is refused, and rank 1 is still let in.
+    #[test]
+    fn only_the_rank_itself_is_let_in() {
+        let authority = Authority::new().unwrap();
+        let deadline = Instant::now() + Duration::from_secs(20);
+        let (listener, address) = Listener::tcp("127.0.0.1:0").unwrap();
+        let key = Key::new(b"the token");
+        let mine = identity(&authority, 7, 0);
+        let mesh = Mesh {
+            epoch: 7,
+            rank: 0,
+            world_size: 2,
+            connections: 1,
+            listener: &listener,
+            key: &key,
+            identity: Some(&mine),
+            deadline,
+        };
+        let call = |identity: &Identity, token: &[u8]| -> std::io::Result<Stream> {
+            let tcp = TcpStream::connect(address)?;
+            let tls = TlsStream::connect(tcp, Arc::clone(&identity.client), tls::name(7, 0), deadline)?;
+            let stream = Stream::Tls(Box::new(tls));
+            let statement = Mesh { rank: 1, ..mesh }.statement(1, 0, 0);
+            auth::connect(&stream, &Key::new(token), Purpose::Mesh, &statement, deadline)?;
+            Ok(stream)
+        };
+        std::thread::scope(|scope| {
+            let waiting = scope.spawn(|| mesh.connect(|_| Err(std::io::ErrorKind::Unsupported.into())));
+            let silent = TcpStream::connect(address).unwrap();
+            drop(TcpStream::connect(address).unwrap());
+            let mut garbage = TcpStream::connect(address).unwrap();
+            garbage.write_all(&[0x16; 3000]).unwrap();
+            // It is hung up on, with or without a word.
+            let _ = garbage.read_to_end(&mut Vec::new());
+            let other_job = Authority::new().unwrap();
+            assert!(call(&identity(&other_job, 7, 1), b"the token").is_err(), "another authority");
+            assert!(call(&identity(&authority, 6, 1), b"the token").and_then(heard).is_err(), "an old epoch");
+            assert!(call(&identity(&authority, 7, 5), b"the token").and_then(heard).is_err(), "another rank");
+            assert!(call(&identity(&authority, 7, 1), b"a guess").is_err(), "another token");
+            let rank_1 = call(&identity(&authority, 7, 1), b"the token").unwrap();
+            let links = waiting.join().unwrap().unwrap();
+            assert!(links[1].as_ref().is_some_and(|link| link.len() == 1));
+            drop((silent, rank_1));
+        });
+    }
+
+    /// An error if the other side has hung up.
+    fn heard(stream: Stream) -> std::io::Result<Stream> {
+        stream.read_all(&mut [0], Some(Instant::now() + Duration::from_secs(10)))?;
+        Ok(stream)
     }
 }

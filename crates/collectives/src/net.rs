@@ -1,4 +1,6 @@
-//! Stream sockets, TCP or Unix, behind one type: the mesh and the control plane don't care which.
+//! Stream sockets, TCP, Unix or TLS, behind one type: the mesh and the control plane don't care which.
+
+mod tls;
 
 use std::io::{self, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
@@ -6,11 +8,22 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::time::{Duration, Instant};
 
+pub(crate) use tls::TlsStream;
+
 /// A connected socket.
 #[derive(Debug)]
 pub(crate) enum Stream {
     Tcp(TcpStream),
     Unix(UnixStream),
+    Tls(Box<TlsStream>),
+}
+
+/// The time left until `deadline`; an error when there is none.
+fn left(deadline: Instant) -> io::Result<Duration> {
+    match deadline.saturating_duration_since(Instant::now()) {
+        Duration::ZERO => Err(io::ErrorKind::TimedOut.into()),
+        left => Ok(left.max(Duration::from_millis(1))),
+    }
 }
 
 impl Stream {
@@ -18,19 +31,94 @@ impl Stream {
         match self {
             Self::Tcp(s) => s.set_nonblocking(yes),
             Self::Unix(s) => s.set_nonblocking(yes),
+            Self::Tls(s) => s.tcp.set_nonblocking(yes),
         }
     }
 
-    /// Bounds every following read and write by the time left until `deadline`.
-    pub(crate) fn set_deadline(&self, deadline: Instant) -> io::Result<()> {
-        let left = deadline.saturating_duration_since(Instant::now());
-        if left.is_zero() {
-            return Err(io::ErrorKind::TimedOut.into());
-        }
-        let left = Some(left.max(Duration::from_millis(1)));
+    /// Bounds every single read from now on; `None` lets it wait for ever.
+    pub(crate) fn set_read_limit(&self, limit: Option<Duration>) -> io::Result<()> {
         match self {
-            Self::Tcp(s) => s.set_read_timeout(left).and_then(|()| s.set_write_timeout(left)),
-            Self::Unix(s) => s.set_read_timeout(left).and_then(|()| s.set_write_timeout(left)),
+            Self::Tcp(s) => s.set_read_timeout(limit),
+            Self::Unix(s) => s.set_read_timeout(limit),
+            Self::Tls(s) => s.tcp.set_read_timeout(limit),
+        }
+    }
+
+    /// Bounds every single write from now on. Reads have a limit of their own: another thread may be in one.
+    fn set_write_limit(&self, limit: Option<Duration>) -> io::Result<()> {
+        match self {
+            Self::Tcp(s) => s.set_write_timeout(limit),
+            Self::Unix(s) => s.set_write_timeout(limit),
+            Self::Tls(s) => s.tcp.set_write_timeout(limit),
+        }
+    }
+
+    /// Reads all of `buf`, however many reads it takes, before `deadline` if there is one.
+    pub(crate) fn read_all(&self, mut buf: &mut [u8], deadline: Option<Instant>) -> io::Result<()> {
+        while !buf.is_empty() {
+            self.set_read_limit(deadline.map(left).transpose()?)?;
+            match (&mut &*self).read(buf) {
+                Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+                Ok(n) => buf = &mut buf[n..],
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes all of `buf` before `deadline`.
+    pub(crate) fn write_whole(&self, mut buf: &[u8], deadline: Instant) -> io::Result<()> {
+        while !buf.is_empty() {
+            self.set_write_limit(Some(left(deadline)?))?;
+            match (&mut &*self).write(buf) {
+                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+                Ok(n) => buf = &buf[n..],
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+        (&mut &*self).flush()
+    }
+
+    /// Bytes that this connection's two ends have in common with nobody else; zeros where it is not encrypted.
+    pub(crate) fn binding(&self) -> io::Result<[u8; 32]> {
+        match self {
+            Self::Tls(s) => s.binding(),
+            _ => Ok([0; 32]),
+        }
+    }
+
+    /// Whether bytes that were taken wait for the socket.
+    pub(crate) fn pending(&self) -> bool {
+        matches!(self, Self::Tls(s) if s.pending())
+    }
+
+    /// Hands such bytes to the socket; `false` if some are left.
+    pub(crate) fn push(&self) -> io::Result<bool> {
+        match self {
+            Self::Tls(s) => s.push(),
+            _ => Ok(true),
+        }
+    }
+
+    /// Closes both directions; whoever waits in a read returns.
+    pub(crate) fn hang_up(&self) {
+        let how = std::net::Shutdown::Both;
+        // Closing a socket that is closed is no loss.
+        let _ = match self {
+            Self::Tcp(s) => s.shutdown(how),
+            Self::Unix(s) => s.shutdown(how),
+            Self::Tls(s) => s.tcp.shutdown(how),
+        };
+    }
+
+    /// This end's address.
+    pub(crate) fn local_ip(&self) -> io::Result<std::net::IpAddr> {
+        match self {
+            Self::Tcp(s) => Ok(s.local_addr()?.ip()),
+            Self::Tls(s) => Ok(s.tcp.local_addr()?.ip()),
+            Self::Unix(_) => Err(io::ErrorKind::Unsupported.into()),
         }
     }
 
@@ -40,12 +128,16 @@ impl Stream {
         let _ = match self {
             Self::Tcp(s) => s.shutdown(how),
             Self::Unix(s) => s.shutdown(how),
+            Self::Tls(s) => s.close().and_then(|()| s.tcp.shutdown(how)),
         };
     }
 
     pub(crate) fn peer(&self) -> String {
         match self {
             Self::Tcp(s) => s.peer_addr().map_or_else(|_| "a closed connection".into(), |a| a.to_string()),
+            Self::Tls(s) => {
+                s.tcp.peer_addr().map_or_else(|_| "a closed connection".into(), |a| a.to_string())
+            }
             Self::Unix(_) => "a local process".into(),
         }
     }
@@ -56,6 +148,7 @@ impl AsRawFd for Stream {
         match self {
             Self::Tcp(s) => s.as_raw_fd(),
             Self::Unix(s) => s.as_raw_fd(),
+            Self::Tls(s) => s.tcp.as_raw_fd(),
         }
     }
 }
@@ -65,6 +158,7 @@ impl Read for &Stream {
         match self {
             Stream::Tcp(s) => (&*s).read(buf),
             Stream::Unix(s) => (&*s).read(buf),
+            Stream::Tls(s) => s.read(buf),
         }
     }
 }
@@ -74,6 +168,7 @@ impl Write for &Stream {
         match self {
             Stream::Tcp(s) => (&*s).write(buf),
             Stream::Unix(s) => (&*s).write(buf),
+            Stream::Tls(s) => s.write_vectored(&[io::IoSlice::new(buf)]),
         }
     }
 
@@ -81,11 +176,15 @@ impl Write for &Stream {
         match self {
             Stream::Tcp(s) => (&*s).write_vectored(parts),
             Stream::Unix(s) => (&*s).write_vectored(parts),
+            Stream::Tls(s) => s.write_vectored(parts),
         }
     }
 
     fn flush(&mut self) -> io::Result<()> {
-        Ok(())
+        match self {
+            Stream::Tls(s) => s.flush(),
+            _ => Ok(()),
+        }
     }
 }
 

@@ -71,7 +71,7 @@ impl Algorithm {
     pub fn choose(operation: Operation, transport: TransportKind, world_size: usize, bytes: usize) -> Self {
         let short = match transport {
             TransportKind::SharedMemory => 32 << 10,
-            TransportKind::Tcp => 16 << 10,
+            TransportKind::Tcp | TransportKind::Tls => 16 << 10,
         } / world_size.max(1);
         match operation {
             Operation::AllReduce if bytes <= short => Self::OneShot,

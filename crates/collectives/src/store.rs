@@ -5,26 +5,33 @@
 //! the token ([`crate::auth`]); strangers are refused and logged. The decisions are [`Rendezvous`]'s.
 
 use std::collections::HashMap;
-use std::io::{self, Read, Write};
+use std::io::{self, Write};
 use std::net::SocketAddr;
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError, SyncSender};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use rustls::ServerConfig;
 use serde::{Deserialize, Serialize};
 
 use crate::auth::{self, Key, Purpose, STATEMENT};
 use crate::error::Error;
-use crate::net::{Interest, Listener, Stream, connect_tcp, poll};
+use crate::net::{Interest, Listener, Stream, TlsStream, connect_tcp, poll};
 use crate::rendezvous::{Command, Event, MemberId, Policy, Rendezvous};
+use crate::tls::{self, Authority};
 use crate::transport::TransportKind;
 
 const MESSAGE_BYTES: usize = 1 << 20;
 const HANDSHAKE: Duration = Duration::from_secs(5);
 const TICK: Duration = Duration::from_millis(20);
+/// How long telling one member of its epoch may take.
+const TELLING: Duration = Duration::from_secs(1);
+/// Connections that have proved nothing yet; more are closed at once.
+const HANDSHAKES: usize = 64;
 
 /// How a [`Store`] forms epochs.
 #[derive(Clone, Copy, Debug)]
@@ -54,6 +61,8 @@ pub(crate) struct Introduction {
     pub(crate) host: String,
     pub(crate) tcp: String,
     pub(crate) local: Option<String>,
+    /// The public half of its key for this epoch; empty where others are told of it.
+    pub(crate) key: Vec<u8>,
     /// The only transport it will use.
     pub(crate) only: Option<TransportKind>,
 }
@@ -62,25 +71,25 @@ pub(crate) struct Introduction {
 #[serde(rename_all = "snake_case")]
 enum Message {
     Join(Introduction),
-    Begin { epoch: u64, rank: usize, members: Vec<Introduction> },
+    Begin { epoch: u64, rank: usize, members: Vec<Introduction>, certificate: Vec<u8>, authority: Vec<u8> },
 }
 
-fn write_message(mut stream: &Stream, message: &Message) -> io::Result<()> {
+fn write_message(stream: &Stream, message: &Message, deadline: Instant) -> io::Result<()> {
     let body = serde_json::to_vec(message)?;
     let len = u32::try_from(body.len()).ok().filter(|len| *len as usize <= MESSAGE_BYTES);
     let len = len.ok_or_else(|| io::Error::other("a message over a megabyte"))?;
-    stream.write_all(&[&len.to_le_bytes(), &body[..]].concat())
+    stream.write_whole(&[&len.to_le_bytes(), &body[..]].concat(), deadline)
 }
 
-fn read_message(mut stream: &Stream) -> io::Result<Message> {
+fn read_message(stream: &Stream, deadline: Option<Instant>) -> io::Result<Message> {
     let mut len = [0; 4];
-    stream.read_exact(&mut len)?;
+    stream.read_all(&mut len, deadline)?;
     let len = u32::from_le_bytes(len) as usize;
     if len > MESSAGE_BYTES {
         return Err(io::Error::other(format!("a message of {len} bytes")));
     }
     let mut body = vec![0; len];
-    stream.read_exact(&mut body)?;
+    stream.read_all(&mut body, deadline)?;
     serde_json::from_slice(&body).map_err(io::Error::other)
 }
 
@@ -95,6 +104,7 @@ enum News {
 /// another epoch.
 pub struct Store {
     address: SocketAddr,
+    waiting: Arc<AtomicUsize>,
     wake: UnixStream,
     news: SyncSender<News>,
     threads: Vec<JoinHandle<()>>,
@@ -121,6 +131,10 @@ impl Store {
         let (news, inbox) = mpsc::sync_channel(max_connections);
         let policy = Policy { world_size, min_world_size, settle };
         let key = Key::new(token);
+        let authority = Authority::new()?;
+        let tls = authority.store_config()?;
+        let waiting = Arc::new(AtomicUsize::new(0));
+        let shown = Arc::clone(&waiting);
         let for_members = news.clone();
         let spawn = |name: &str, body: Box<dyn FnOnce() + Send>| {
             std::thread::Builder::new()
@@ -128,12 +142,17 @@ impl Store {
                 .spawn(body)
                 .map_err(|e| Error::system("start the store's thread", &e))
         };
-        let door = Door { listener, woken, key, news: for_members, max_connections };
+        let door = Door { listener, woken, key, tls, news: for_members, max_connections };
         let threads = vec![
-            spawn("store-decides", Box::new(move || decide(policy, &inbox)))?,
+            spawn("store-decides", Box::new(move || decide(policy, &authority, &inbox, &shown)))?,
             spawn("store-accepts", Box::new(move || door.run()))?,
         ];
-        Ok(Self { address: bound, wake, news, threads })
+        Ok(Self { address: bound, waiting, wake, news, threads })
+    }
+
+    /// How many members wait for the next epoch: newcomers, for whom those who run would have to rejoin too.
+    pub fn waiting(&self) -> usize {
+        self.waiting.load(Ordering::Relaxed)
     }
 
     /// Where members find it.
@@ -157,6 +176,7 @@ struct Door {
     listener: Listener,
     woken: UnixStream,
     key: Key,
+    tls: Arc<ServerConfig>,
     news: SyncSender<News>,
     max_connections: usize,
 }
@@ -164,6 +184,7 @@ struct Door {
 impl Door {
     fn run(self) {
         let inside = Arc::new(());
+        let strangers = Arc::new(());
         let mut next: MemberId = 1;
         let mut ready = Vec::new();
         loop {
@@ -177,15 +198,27 @@ impl Door {
                 return;
             }
             let Ok(stream) = self.listener.accept() else { continue };
-            if Arc::strong_count(&inside) > self.max_connections {
-                tracing::warn!(peer = %stream.peer(), limit = self.max_connections, "too many connections to the store");
+            let full = match (Arc::strong_count(&inside), Arc::strong_count(&strangers)) {
+                (members, _) if members > self.max_connections => Some("members"),
+                (_, greeting) if greeting > HANDSHAKES => Some("handshakes"),
+                _ => None,
+            };
+            if let Some(what) = full {
+                tracing::warn!(peer = %stream.peer(), "closed a connection to the store: too many {what} at once");
                 continue;
             }
-            let (id, key, news, token) = (next, self.key.clone(), self.news.clone(), Arc::clone(&inside));
+            let greeting = Greeting {
+                key: self.key.clone(),
+                tls: Arc::clone(&self.tls),
+                stranger: Arc::clone(&strangers),
+            };
+            let (id, news, inside) = (next, self.news.clone(), Arc::clone(&inside));
             next += 1;
             let spawned = std::thread::Builder::new().name("store-member".into()).spawn(move || {
-                let _inside = token;
-                serve(id, stream, &key, &news);
+                let _inside = inside;
+                if let Some(stream) = greeting.run(stream) {
+                    serve(id, stream, &news);
+                }
             });
             if let Err(error) = spawned {
                 tracing::warn!(%error, "cannot serve a member");
@@ -194,25 +227,45 @@ impl Door {
     }
 }
 
-/// Reads what one member says, for as long as it is there.
-fn serve(id: MemberId, stream: Stream, key: &Key, news: &SyncSender<News>) {
-    let greeted = stream
-        .set_nonblocking(false)
-        .and_then(|()| auth::accept(&stream, key, Purpose::Store, Instant::now() + HANDSHAKE));
-    if let Err(error) = greeted {
-        tracing::warn!(peer = %stream.peer(), %error, "refused a stranger at the store");
-        return;
+/// What a connection goes through before it is a member's.
+struct Greeting {
+    key: Key,
+    tls: Arc<ServerConfig>,
+    /// Counts those who have not proved anything yet.
+    stranger: Arc<()>,
+}
+
+impl Greeting {
+    fn run(self, stream: Stream) -> Option<Stream> {
+        let _stranger = self.stranger;
+        let (peer, deadline) = (stream.peer(), Instant::now() + HANDSHAKE);
+        let greet = || {
+            stream.set_nonblocking(false)?;
+            let stream = match stream {
+                Stream::Tcp(tcp) => Stream::Tls(Box::new(TlsStream::accept(tcp, self.tls, deadline)?)),
+                other => other,
+            };
+            auth::accept(&stream, &self.key, Purpose::Store, deadline)?;
+            Ok::<_, io::Error>(stream)
+        };
+        match greet() {
+            Ok(stream) => Some(stream),
+            Err(error) => {
+                tracing::warn!(%peer, %error, "refused a stranger at the store");
+                None
+            }
+        }
     }
+}
+
+/// Reads what one member says, for as long as it is there.
+fn serve(id: MemberId, stream: Stream, news: &SyncSender<News>) {
     let stream = Arc::new(stream);
-    let unbounded = match &*stream {
-        Stream::Tcp(tcp) => tcp.set_read_timeout(None),
-        Stream::Unix(unix) => unix.set_read_timeout(None),
-    };
-    if unbounded.is_err() || news.send(News::Arrived(id, Arc::clone(&stream))).is_err() {
+    if news.send(News::Arrived(id, Arc::clone(&stream))).is_err() {
         return;
     }
     loop {
-        match read_message(&stream) {
+        match read_message(&stream, None) {
             Ok(Message::Join(introduction)) => {
                 if news.send(News::Said(id, introduction)).is_err() {
                     return;
@@ -231,16 +284,8 @@ fn serve(id: MemberId, stream: Stream, key: &Key, news: &SyncSender<News>) {
     let _ = news.send(News::Gone(id));
 }
 
-fn hang_up(stream: &Stream) {
-    // Closing a socket that is closed is no loss.
-    let _ = match stream {
-        Stream::Tcp(tcp) => tcp.shutdown(std::net::Shutdown::Both),
-        Stream::Unix(unix) => unix.shutdown(std::net::Shutdown::Both),
-    };
-}
-
 /// Drives the state machine.
-fn decide(policy: Policy, inbox: &mpsc::Receiver<News>) {
+fn decide(policy: Policy, authority: &Authority, inbox: &mpsc::Receiver<News>, shown: &AtomicUsize) {
     let start = Instant::now();
     let mut rendezvous = Rendezvous::new(policy);
     let mut streams: HashMap<MemberId, Arc<Stream>> = HashMap::new();
@@ -263,38 +308,51 @@ fn decide(policy: Policy, inbox: &mpsc::Receiver<News>) {
             Err(RecvTimeoutError::Timeout) => Event::Tick,
             Ok(News::Stop) | Err(RecvTimeoutError::Disconnected) => break,
         };
-        for command in rendezvous.step(start.elapsed(), event) {
+        let commands = rendezvous.step(start.elapsed(), event);
+        shown.store(rendezvous.waiting(), Ordering::Relaxed);
+        for command in commands {
             match command {
                 Command::Fence(id) => {
                     tracing::info!(id, "a member did not come back in time and is fenced");
                     if let Some(stream) = streams.get(&id) {
-                        hang_up(stream);
+                        stream.hang_up();
                     }
                 }
                 Command::Begin { epoch, members } => {
-                    let all: Vec<Introduction> =
-                        members.iter().filter_map(|id| introductions.get(id).cloned()).collect();
-                    tracing::info!(epoch, world_size = members.len(), "an epoch begins");
-                    for (rank, id) in members.iter().enumerate() {
-                        let Some(stream) = streams.get(id) else { continue };
-                        let message = Message::Begin { epoch, rank, members: all.clone() };
-                        let told = stream
-                            .set_deadline(Instant::now() + Duration::from_secs(1))
-                            .and_then(|()| write_message(stream, &message));
-                        if told.is_err() {
-                            hang_up(stream);
-                        }
-                        if let Stream::Tcp(tcp) = &**stream {
-                            // The member's own thread reads without a limit; the limit was for this write.
-                            let _ = tcp.set_read_timeout(None);
-                        }
-                    }
+                    begin(epoch, &members, authority, &streams, &introductions);
                 }
             }
         }
     }
     for stream in streams.values() {
-        hang_up(stream);
+        stream.hang_up();
+    }
+}
+
+/// Tells every member of a new epoch who is in it, and gives it its certificate. Who cannot be told is hung up on.
+fn begin(
+    epoch: u64,
+    members: &[MemberId],
+    authority: &Authority,
+    streams: &HashMap<MemberId, Arc<Stream>>,
+    introductions: &HashMap<MemberId, Introduction>,
+) {
+    tracing::info!(epoch, world_size = members.len(), "an epoch begins");
+    let known = members.iter().filter_map(|id| introductions.get(id));
+    let all: Vec<Introduction> = known.map(|i| Introduction { key: Vec::new(), ..i.clone() }).collect();
+    for (rank, id) in members.iter().enumerate() {
+        let (Some(stream), Some(introduction)) = (streams.get(id), introductions.get(id)) else { continue };
+        let told = authority.issue(&introduction.key, epoch, rank).map_err(io::Error::other).and_then(
+            |certificate| {
+                let (members, authority) = (all.clone(), authority.certificate().to_vec());
+                let message = Message::Begin { epoch, rank, members, certificate, authority };
+                write_message(stream, &message, Instant::now() + TELLING)
+            },
+        );
+        if let Err(error) = told {
+            tracing::warn!(%error, id, epoch, rank, "cannot tell a member of its epoch");
+            stream.hang_up();
+        }
     }
 }
 
@@ -303,6 +361,8 @@ pub(crate) struct Begin {
     pub(crate) epoch: u64,
     pub(crate) rank: usize,
     pub(crate) members: Vec<Introduction>,
+    pub(crate) certificate: Vec<u8>,
+    pub(crate) authority: Vec<u8>,
 }
 
 /// A member's connection to the store.
@@ -315,21 +375,33 @@ impl Membership {
     /// Connects and proves the token. A store that isn't there yet is tried again until `deadline`.
     pub(crate) fn connect(address: &str, key: &Key, deadline: Instant) -> Result<Self, Error> {
         let started = Instant::now();
+        let config = tls::store_client()?;
         let mut pause = Duration::from_millis(5);
         loop {
-            let tried = connect_tcp(address, deadline);
+            let tried = connect_tcp(address, deadline).and_then(|stream| {
+                let Stream::Tcp(tcp) = stream else { return Err(io::ErrorKind::Unsupported.into()) };
+                let tls = TlsStream::connect(tcp, Arc::clone(&config), "store.consort".into(), deadline)?;
+                let stream = Stream::Tls(Box::new(tls));
+                auth::connect(&stream, key, Purpose::Store, &[0; STATEMENT], deadline)?;
+                Ok(stream)
+            });
             let error = match tried {
-                Ok(stream) => match auth::connect(&stream, key, Purpose::Store, &[0; STATEMENT], deadline) {
-                    Ok(()) => return Ok(Self { stream, address: address.to_owned() }),
-                    Err(error) => {
-                        return Err(Error::Refused { address: address.to_owned(), what: refusal(&error) });
-                    }
-                },
+                Ok(stream) => return Ok(Self { stream, address: address.to_owned() }),
+                // What is certain. A connection that was closed may only say that the store has too many guests.
+                Err(error)
+                    if matches!(
+                        error.kind(),
+                        io::ErrorKind::PermissionDenied | io::ErrorKind::InvalidData
+                    ) =>
+                {
+                    return Err(Error::Refused { address: address.to_owned(), what: error.to_string() });
+                }
                 Err(error) => error,
             };
             if Instant::now() + pause >= deadline {
                 let limit_ms = started.elapsed().as_millis() as u64;
-                return Err(Error::Rendezvous { limit_ms, what: format!("no store at {address}: {error}") });
+                let what = format!("no store with this token at {address}: {error}");
+                return Err(Error::Rendezvous { limit_ms, what });
             }
             // Nothing tells when a port opens; the pause doubles up to a fifth of a second.
             std::thread::sleep(pause);
@@ -339,23 +411,17 @@ impl Membership {
 
     /// This machine's address towards the store.
     pub(crate) fn local_address(&self) -> io::Result<std::net::IpAddr> {
-        match &self.stream {
-            Stream::Tcp(tcp) => Ok(tcp.local_addr()?.ip()),
-            Stream::Unix(_) => Err(io::ErrorKind::Unsupported.into()),
-        }
+        self.stream.local_ip()
     }
 
     /// Asks to be in the next epoch, and waits for it.
     pub(crate) fn join(&self, introduction: &Introduction, deadline: Instant) -> Result<Begin, Error> {
         let started = Instant::now();
-        let answer = self
-            .stream
-            .set_deadline(deadline)
-            .and_then(|()| write_message(&self.stream, &Message::Join(introduction.clone())))
-            .and_then(|()| read_message(&self.stream));
+        let answer = write_message(&self.stream, &Message::Join(introduction.clone()), deadline)
+            .and_then(|()| read_message(&self.stream, Some(deadline)));
         match answer {
-            Ok(Message::Begin { epoch, rank, members }) if rank < members.len() => {
-                Ok(Begin { epoch, rank, members })
+            Ok(Message::Begin { epoch, rank, members, certificate, authority }) if rank < members.len() => {
+                Ok(Begin { epoch, rank, members, certificate, authority })
             }
             Ok(_) => Err(Error::Refused {
                 address: self.address.clone(),
@@ -374,11 +440,40 @@ impl Membership {
     }
 }
 
-fn refusal(error: &io::Error) -> String {
-    match error.kind() {
-        io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset => {
-            "it hung up: the token is another one, or it is no store".into()
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const TOKEN: &[u8] = b"a token of some length";
+
+    fn member(store: &Store) -> Membership {
+        let deadline = Instant::now() + Duration::from_secs(10);
+        Membership::connect(&store.address().to_string(), &Key::new(TOKEN), deadline).unwrap()
+    }
+
+    /// A member that knows the token and lies: it is hung up on, and nothing is allocated by its numbers.
+    #[test]
+    fn a_member_that_lies_is_hung_up_on() {
+        let store = Store::listen("127.0.0.1:0", TOKEN, StoreOptions::new(1)).unwrap();
+        let deadline = Instant::now() + Duration::from_secs(10);
+        let introduction = |key: Vec<u8>| Introduction {
+            host: "h".into(),
+            tcp: "127.0.0.1:1".into(),
+            local: None,
+            key,
+            only: None,
+        };
+        for lie in [&u32::MAX.to_le_bytes()[..], b"\x05\0\0\0{\"a\":", b"\x02\0\0\0[]"] {
+            let member = member(&store);
+            member.stream.write_whole(lie, deadline).unwrap();
+            assert!(
+                matches!(read_message(&member.stream, Some(deadline)), Err(e) if e.kind() != io::ErrorKind::WouldBlock)
+            );
         }
-        _ => error.to_string(),
+        let wrong_key = member(&store).join(&introduction(vec![4; 1000]), deadline);
+        assert!(matches!(wrong_key, Err(Error::Refused { .. })));
+        let key = crate::tls::MemberKey::new().unwrap();
+        let begin = member(&store).join(&introduction(key.public().to_vec()), deadline).unwrap();
+        assert_eq!((begin.rank, begin.members.len()), (0, 1));
     }
 }

@@ -20,16 +20,27 @@ use crate::error::Fault;
 pub enum TransportKind {
     /// Memory that all ranks of one host map.
     SharedMemory,
-    /// TCP connections between each pair.
+    /// TCP connections between each pair, in the clear.
     Tcp,
+    /// TCP connections between each pair, encrypted, with certificates of the job's own authority at both ends.
+    Tls,
 }
 
 impl TransportKind {
+    /// All of them.
+    pub const ALL: [Self; 3] = [Self::SharedMemory, Self::Tcp, Self::Tls];
+
+    /// The transport of that name.
+    pub fn by_name(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|kind| kind.name() == name)
+    }
+
     /// The name that messages use.
     pub fn name(self) -> &'static str {
         match self {
-            Self::SharedMemory => "shared memory",
+            Self::SharedMemory => "shm",
             Self::Tcp => "tcp",
+            Self::Tls => "tls",
         }
     }
 }

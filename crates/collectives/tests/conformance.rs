@@ -101,6 +101,10 @@ macro_rules! on_every_transport {
             fn tcp() {
                 super::suite(super::KINDS[1], $check);
             }
+            #[test]
+            fn tls() {
+                super::suite(super::KINDS[2], $check);
+            }
         }
     )*};
 }

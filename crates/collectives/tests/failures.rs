@@ -1,101 +1,28 @@
 //! What happens to the others when a process dies, stops, lies or is a stranger. Ranks are real processes: this test
-//! starts itself again, and a copy that finds `FAILURES_ROLE` in its environment is a worker.
+//! starts itself again ([`common::worker`]).
 
 #![allow(clippy::unwrap_used, clippy::print_stdout, missing_docs)]
 
 mod common;
 
-use std::io::{BufRead, BufReader, Write};
+use std::io::Write;
 use std::net::TcpStream;
-use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use common::worker::{Worker, clock_us};
 use common::{KINDS, TOKEN, options, store, world};
-use consort_collectives::{Error, Group, JoinOptions, ReduceOp, Store, TransportKind};
+use consort_collectives::{Error, Group, JoinOptions, ReduceOp, TransportKind};
 
-/// Milliseconds on a clock that all processes share.
-fn clock_us() -> u128 {
-    std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_micros()
-}
-
-/// Runs as a worker where the environment says so: reduces until it fails, says why and when, joins the next epoch and
-/// says what that one adds up to.
 #[test]
 fn worker_process() {
-    let Ok(address) = std::env::var("FAILURES_ROLE") else { return };
-    let tcp = std::env::var("FAILURES_TCP").is_ok();
-    let kind = if tcp { TransportKind::Tcp } else { TransportKind::SharedMemory };
-    let silence = Duration::from_millis(700);
-    let options = JoinOptions { transport: Some(kind), silence, ..JoinOptions::new(address, TOKEN) };
-    let mut group = Group::join(options).unwrap();
-    println!("\njoined {} {}", group.rank(), std::process::id());
-    let mut buffer = vec![0f32; 200_000];
-    let error = loop {
-        buffer.fill(1.0);
-        if let Err(error) = group.all_reduce(&mut buffer, ReduceOp::Sum) {
-            break error;
-        }
-        assert_eq!(buffer[199_999], group.world_size() as f32);
-    };
-    println!("\nfailed {} {:?} {error}", clock_us(), error.lost_rank());
-    let again = group.all_reduce(&mut buffer, ReduceOp::Sum).unwrap_err();
-    assert!(matches!(again, Error::Broken { .. }), "{again}");
-    let mut group = group.rejoin().unwrap();
-    let mut one = [1i32; 3];
-    group.all_reduce(&mut one, ReduceOp::Sum).unwrap();
-    println!("\nreformed {} {} {}", group.epoch(), group.world_size(), one[2]);
-    // Stays until the test closes its input, so that nobody's leaving is part of the test.
-    std::io::stdin().read_line(&mut String::new()).unwrap();
-}
-
-struct Worker {
-    child: Child,
-    _stdin: ChildStdin,
-    lines: std::io::Lines<BufReader<ChildStdout>>,
-}
-
-impl Worker {
-    fn start(store: &Store, kind: TransportKind) -> Self {
-        let mut command = Command::new(std::env::current_exe().unwrap());
-        command.args(["--exact", "worker_process", "--nocapture"]);
-        command.env("FAILURES_ROLE", store.address().to_string());
-        if kind == TransportKind::Tcp {
-            command.env("FAILURES_TCP", "1");
-        }
-        let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
-        let lines = BufReader::new(child.stdout.take().unwrap()).lines();
-        Self { _stdin: child.stdin.take().unwrap(), child, lines }
-    }
-
-    /// The rest of the next line that begins with `word`.
-    fn says(&mut self, word: &str) -> String {
-        loop {
-            let line =
-                self.lines.next().unwrap_or_else(|| panic!("a worker ended before it said {word}")).unwrap();
-            if let Some(rest) = line.strip_prefix(word) {
-                return rest.trim().to_owned();
-            }
-        }
-    }
-
-    fn signal(&self, name: &str) {
-        let id = self.child.id().to_string();
-        assert!(Command::new("kill").args([name, &id]).status().unwrap().success());
-    }
-}
-
-impl Drop for Worker {
-    fn drop(&mut self) {
-        // It may have ended by itself.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
+    common::worker::live();
 }
 
 /// Four workers reduce; one gets a signal; three must fail naming it, form an epoch of three, and add.
 fn one_of_four(kind: TransportKind, signal: &str) {
     let store = store(4);
-    let mut workers: Vec<Worker> = (0..4).map(|_| Worker::start(&store, kind)).collect();
+    let mut workers: Vec<Worker> =
+        (0..4).map(|_| Worker::start(&store.address().to_string(), Some(kind), None)).collect();
     let ranks: Vec<usize> =
         workers.iter_mut().map(|w| w.says("joined").split(' ').next().unwrap().parse().unwrap()).collect();
     // They are in the middle of reducing: any moment will do, and each run takes another one.
@@ -142,6 +69,11 @@ fn a_stopped_process_is_an_error_by_the_deadline_and_is_fenced_over_shared_memor
 #[test]
 fn a_stopped_process_is_an_error_by_the_deadline_and_is_fenced_over_tcp() {
     one_of_four(KINDS[1], "-STOP");
+}
+
+#[test]
+fn a_killed_process_is_an_error_on_all_ranks_and_the_rest_goes_on_over_tls() {
+    one_of_four(KINDS[2], "-KILL");
 }
 
 #[test]

@@ -10,6 +10,7 @@ use crate::error::Error;
 use crate::mesh::{Links, Mesh};
 use crate::net::{Listener, Stream, connect_tcp};
 use crate::store::{Begin, Introduction, Membership};
+use crate::tls::MemberKey;
 use crate::transport::tcp::Tcp;
 use crate::transport::{Transport, TransportKind};
 
@@ -20,9 +21,9 @@ pub struct JoinOptions {
     pub store: String,
     /// The job's secret. At least 16 random bytes, since a stranger can test guesses.
     pub token: Vec<u8>,
-    /// The only transport to use; `None` takes shared memory where all members are on one host, else TCP.
+    /// The only transport to use; `None` takes shared memory where all members are on one host, else TLS.
     pub transport: Option<TransportKind>,
-    /// Data connections with each peer, over TCP.
+    /// Data connections with each peer, over TCP or TLS.
     pub connections: usize,
     /// How long a call may take, from the moment when it first has to wait.
     pub deadline: Duration,
@@ -130,6 +131,7 @@ fn stand(ticket: Ticket, begin: &Begin, transport: Box<dyn Transport>, control: 
 /// The sockets that this member listens on for one epoch.
 struct Meeting {
     introduction: Introduction,
+    key: MemberKey,
     tcp: Listener,
     #[cfg(target_os = "linux")]
     local: Listener,
@@ -144,7 +146,9 @@ impl Meeting {
         let (local, name) = Listener::local().map(|(listener, name)| (listener, Some(name))).map_err(fail)?;
         #[cfg(not(target_os = "linux"))]
         let name = None;
+        let key = MemberKey::new()?;
         let introduction = Introduction {
+            key: key.public().to_vec(),
             host: host(),
             tcp: tcp_address.to_string(),
             local: name,
@@ -152,6 +156,7 @@ impl Meeting {
         };
         Ok(Self {
             introduction,
+            key,
             tcp,
             #[cfg(target_os = "linux")]
             local,
@@ -165,6 +170,11 @@ impl Meeting {
         deadline: Instant,
     ) -> Result<(Box<dyn Transport>, Control), Error> {
         let silence = ticket.options.silence;
+        let kind = choose(&begin.members)?;
+        let identity = match kind {
+            TransportKind::Tls => Some(self.key.identity(&begin.certificate, &begin.authority)?),
+            _ => None,
+        };
         let mesh = |listener, connections| Mesh {
             epoch: begin.epoch,
             rank: begin.rank,
@@ -172,9 +182,10 @@ impl Meeting {
             connections,
             listener,
             key: &ticket.key,
+            identity: identity.as_ref(),
             deadline,
         };
-        match choose(&begin.members)? {
+        match kind {
             #[cfg(target_os = "linux")]
             TransportKind::SharedMemory => {
                 let links = mesh(&self.local, 1).connect(|rank| {
@@ -190,7 +201,7 @@ impl Meeting {
                 let mut links = mesh(&self.tcp, connections)
                     .connect(|rank| connect_tcp(&begin.members[rank].tcp, deadline))?;
                 let data = links.iter_mut().map(|link| link.as_mut().map(|link| link.split_off(1))).collect();
-                let transport = Tcp::new(data)?;
+                let transport = Tcp::new(kind, data)?;
                 let control = Control::start(first(links), silence, transport.waker())?;
                 Ok((Box::new(transport), control))
             }
@@ -223,28 +234,35 @@ fn share_memory(
     }
     let root = links.first().and_then(|link| link.as_ref()).and_then(|link| link.first());
     let fd = root.ok_or_else(|| std::io::Error::other("no connection to rank 0")).and_then(|root| {
-        root.set_deadline(deadline)?;
+        root.set_read_limit(Some(
+            deadline.saturating_duration_since(Instant::now()).max(Duration::from_millis(1)),
+        ))?;
         receive_fd(root.as_raw_fd())
     });
     let fd = fd.map_err(|e| Error::system("get the shared memory from rank 0", &e))?;
     SharedMemory::open(fd, begin.epoch, begin.rank, n)
 }
 
-/// Every member sees the same list, so all choose the same.
+/// Every member sees the same list, so all choose the same: what is asked for; else shared memory where all are on one
+/// host, and TLS where they aren't.
 fn choose(members: &[Introduction]) -> Result<TransportKind, Error> {
     let one_host = members.iter().all(|m| m.local.is_some() && m.host == members[0].host);
-    let wants = |kind| members.iter().position(|m| m.only == Some(kind));
-    match (wants(TransportKind::SharedMemory), wants(TransportKind::Tcp)) {
-        (Some(a), Some(b)) => Err(Error::invalid(format!(
-            "rank {a} insists on shared memory and rank {b} on TCP: they must agree"
-        ))),
-        (Some(rank), None) if !one_host => Err(Error::invalid(format!(
-            "rank {rank} insists on shared memory, but not all members are on one host (with one network namespace)"
-        ))),
-        (None, None) if one_host => Ok(TransportKind::SharedMemory),
-        (Some(_), None) => Ok(TransportKind::SharedMemory),
-        _ => Ok(TransportKind::Tcp),
+    let mut wishes = members.iter().enumerate().filter_map(|(rank, m)| m.only.map(|kind| (rank, kind)));
+    let Some((first, kind)) = wishes.next() else {
+        return Ok(if one_host { TransportKind::SharedMemory } else { TransportKind::Tls });
+    };
+    if let Some((other, wish)) = wishes.find(|(_, wish)| *wish != kind) {
+        let (kind, wish) = (kind.name(), wish.name());
+        return Err(Error::invalid(format!(
+            "rank {first} insists on {kind} and rank {other} on {wish}: they must agree"
+        )));
     }
+    if kind == TransportKind::SharedMemory && !one_host {
+        return Err(Error::invalid(format!(
+            "rank {first} insists on shared memory, but not all members are on one host (with one network namespace)"
+        )));
+    }
+    Ok(kind)
 }
 
 /// Equal for processes of one boot of one machine in one network namespace, which can reach each other's local sockets.

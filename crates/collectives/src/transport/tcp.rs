@@ -1,4 +1,4 @@
-//! TCP: several connections between each pair, over which frames go in turn.
+//! TCP, in the clear or within TLS: several connections between each pair, over which frames go in turn.
 //!
 //! A frame is a header (magic, kind, length, number) and its bytes. Frame i goes over connection i modulo their count,
 //! so the receiver knows which to read next and order needs no buffer; meanwhile the system fills the buffers of the
@@ -66,6 +66,7 @@ struct Peer {
 
 /// One rank's connections to all others.
 pub(crate) struct Tcp {
+    kind: TransportKind,
     peers: Vec<Option<Peer>>,
     stage: Vec<u8>,
     wake: (UnixStream, Arc<UnixStream>),
@@ -73,7 +74,7 @@ pub(crate) struct Tcp {
 
 impl Tcp {
     /// Takes the data connections of each peer (`None` for this rank itself).
-    pub(crate) fn new(peers: Vec<Option<Vec<Stream>>>) -> Result<Self, Error> {
+    pub(crate) fn new(kind: TransportKind, peers: Vec<Option<Vec<Stream>>>) -> Result<Self, Error> {
         let nonblocking = |stream: &Stream| stream.set_nonblocking(true);
         for stream in peers.iter().flatten().flatten() {
             nonblocking(stream).map_err(|e| Error::system("set up a connection", &e))?;
@@ -94,6 +95,7 @@ impl Tcp {
             end.set_nonblocking(true).map_err(|e| Error::system("set up a socket pair", &e))?;
         }
         Ok(Self {
+            kind,
             peers: peers.into_iter().map(|p| p.map(peer)).collect(),
             stage: vec![0; STAGE],
             wake: (listen, Arc::new(ring)),
@@ -130,6 +132,10 @@ impl Peer {
     /// Writes what the sockets take. Bytes of data frames come from `bytes`, which begins where the caller stands.
     /// Returns how many bytes from its beginning are sent without a gap.
     fn push(&mut self, me: usize, bytes: &[u8]) -> Result<usize, Fault> {
+        // What a TLS session took and the socket didn't.
+        for connection in &self.connections {
+            connection.push().map_err(|error| lost(me, &error))?;
+        }
         for frame in &mut self.out {
             let body = match &frame.body {
                 Some(body) => &body[..],
@@ -238,7 +244,7 @@ impl Peer {
 
 impl Transport for Tcp {
     fn kind(&self) -> TransportKind {
-        TransportKind::Tcp
+        self.kind
     }
 
     fn open_send(&mut self, to: usize, header: &[u8; 64]) -> Result<bool, Fault> {
@@ -326,7 +332,7 @@ impl Transport for Tcp {
     fn flush(&mut self, to: usize) -> Result<bool, Fault> {
         let peer = self.peers[to].as_mut().ok_or_else(|| myself(to))?;
         peer.push(to, &[])?;
-        Ok(peer.out.is_empty())
+        Ok(peer.out.is_empty() && !peer.connections.iter().any(Stream::pending))
     }
 
     fn wait(&mut self, sends: &[usize], recvs: &[usize], timeout: Duration) {
@@ -337,6 +343,9 @@ impl Transport for Tcp {
             for connection in peer.out.iter().map(|frame| frame.connection) {
                 let fd = peer.connections[connection].as_raw_fd();
                 interests.push(Interest { fd, read: false, write: true });
+            }
+            for connection in peer.connections.iter().filter(|connection| connection.pending()) {
+                interests.push(Interest { fd: connection.as_raw_fd(), read: false, write: true });
             }
         }
         for from in recvs {
@@ -360,5 +369,42 @@ impl Transport for Tcp {
         let ring = Arc::clone(&self.wake.1);
         // A full socket means that a wake is pending already.
         Arc::new(move || drop((&*ring).write(&[1])))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn pair() -> (Tcp, UnixStream) {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        (Tcp::new(TransportKind::Tcp, vec![None, Some(vec![Stream::Unix(ours)])]).unwrap(), theirs)
+    }
+
+    /// What a liar may send: every one is named, and nothing is read or allocated by its lengths.
+    #[test]
+    fn frames_that_lie_are_named() {
+        let lies = [
+            [0xff; HEAD],
+            frame_head(OPEN, 65, 0),
+            frame_head(OPEN, 64, 1),
+            frame_head(DATA, 100, 0),
+            frame_head(9, 64, 0),
+        ];
+        for lie in lies {
+            let (mut tcp, mut theirs) = pair();
+            theirs.write_all(&lie).unwrap();
+            let said = tcp.open_recv(1);
+            assert!(matches!(said, Err(Fault::Corrupt { peer: 1, .. })), "{lie:02x?}: {said:?}");
+        }
+        for len in [0, FRAME_BYTES + 1, u32::MAX as usize] {
+            let (mut tcp, mut theirs) = pair();
+            theirs.write_all(&frame_head(OPEN, 64, 0)).unwrap();
+            theirs.write_all(&[1; 64]).unwrap();
+            theirs.write_all(&frame_head(DATA, len, 1)).unwrap();
+            assert_eq!(tcp.open_recv(1), Ok(Some([1; 64])));
+            let said = tcp.recv(1, &mut [0; 8]);
+            assert!(matches!(said, Err(Fault::Corrupt { peer: 1, .. })), "{len}: {said:?}");
+        }
     }
 }

@@ -1,13 +1,15 @@
 //! Groups of threads, for tests: each rank is a thread of this process.
 
-#![allow(clippy::unwrap_used, dead_code, missing_docs, unreachable_pub)]
+#![allow(clippy::unwrap_used, clippy::print_stdout, dead_code, missing_docs, unreachable_pub)]
+
+pub mod worker;
 
 use std::time::Duration;
 
 use consort_collectives::{Group, JoinOptions, Store, StoreOptions, TransportKind};
 
 pub const TOKEN: &[u8] = b"a token for tests, long enough";
-pub const KINDS: [TransportKind; 2] = [TransportKind::SharedMemory, TransportKind::Tcp];
+pub const KINDS: [TransportKind; 3] = TransportKind::ALL;
 
 pub fn store(world_size: usize) -> Store {
     let options = StoreOptions { settle: Duration::from_secs(2), ..StoreOptions::new(world_size) };
