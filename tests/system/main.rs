@@ -16,6 +16,7 @@ mod overload;
 mod relay;
 mod replica;
 mod resume;
+mod rollout;
 mod signals;
 mod steady;
 mod up;

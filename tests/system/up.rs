@@ -33,14 +33,14 @@ pub(crate) fn up() -> Up {
 }
 
 /// A deployment from a file in a folder of its own; `{model}` in it is the model's path.
-fn up_file(text: &str) -> Up {
+pub(crate) fn up_file(text: &str) -> Up {
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("consort.toml");
     fs::write(&file, text.replace("{model}", model().to_str().unwrap())).unwrap();
     start(folder, &[file.to_str().unwrap()])
 }
 
-fn start(folder: tempfile::TempDir, arguments: &[&str]) -> Up {
+pub(crate) fn start(folder: tempfile::TempDir, arguments: &[&str]) -> Up {
     let machine = machine();
     let mut child = command(folder.path())
         .arg("up")
@@ -59,36 +59,36 @@ fn start(folder: tempfile::TempDir, arguments: &[&str]) -> Up {
     Up { child, address, folder, _machine: machine }
 }
 
-fn command(folder: &Path) -> Command {
+pub(crate) fn command(folder: &Path) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_consort"));
     command.env("CONSORT_STATE", folder.join("state")).env_remove("CONSORT_API_KEY").stdin(Stdio::null());
     command
 }
 
 impl Up {
-    fn fleet(&self) -> Value {
+    pub(crate) fn fleet(&self) -> Value {
         client::send(self.address, "GET", "/fleet", b"").unwrap().json()
     }
 
-    fn post(&self, body: &Value) -> Response {
+    pub(crate) fn post(&self, body: &Value) -> Response {
         client::post(self.address, CHAT, body).unwrap()
     }
 
-    fn pids(&self) -> Vec<u32> {
+    pub(crate) fn pids(&self) -> Vec<u32> {
         let fleet = self.fleet();
         let slots = fleet["slots"].as_array().unwrap().iter().flat_map(|s| s["replicas"].as_array().unwrap());
         slots.filter_map(|r| r["pid"].as_u64()).map(|pid| pid as u32).collect()
     }
 
     /// Ids of the ready replicas.
-    fn ready(&self) -> Vec<String> {
+    pub(crate) fn ready(&self) -> Vec<String> {
         let fleet = self.fleet();
         let slots = fleet["slots"].as_array().unwrap().iter().flat_map(|s| s["replicas"].as_array().unwrap());
         slots.filter(|r| r["phase"] == "ready").map(|r| r["id"].as_str().unwrap().to_owned()).collect()
     }
 
     /// Waits until the fleet's state is as told.
-    fn until(&self, what: &str, holds: impl Fn(&Value) -> bool) -> Value {
+    pub(crate) fn until(&self, what: &str, holds: impl Fn(&Value) -> bool) -> Value {
         let begun = Instant::now();
         loop {
             let fleet = self.fleet();
@@ -101,7 +101,7 @@ impl Up {
     }
 
     /// Waits until the log says it.
-    fn until_log(&self, what: &str, said: &str) {
+    pub(crate) fn until_log(&self, what: &str, said: &str) {
         let begun = Instant::now();
         while !self.log().contains(said) {
             assert!(begun.elapsed() < PATIENCE, "waited until {what}:\n{}", self.log());
@@ -109,15 +109,15 @@ impl Up {
         }
     }
 
-    fn log(&self) -> String {
+    pub(crate) fn log(&self) -> String {
         fs::read_to_string(self.folder.path().join("log")).unwrap()
     }
 
-    fn signal(&self, name: &str) {
+    pub(crate) fn signal(&self, name: &str) {
         signal(self.child.id(), name);
     }
 
-    fn wait(&mut self) -> ExitStatus {
+    pub(crate) fn wait(&mut self) -> ExitStatus {
         let begun = Instant::now();
         loop {
             if let Some(status) = self.child.try_wait().unwrap() {
@@ -129,7 +129,7 @@ impl Up {
     }
 
     /// Runs another command on the same state.
-    fn consort(&self, arguments: &[&str]) -> std::process::Output {
+    pub(crate) fn consort(&self, arguments: &[&str]) -> std::process::Output {
         command(self.folder.path()).args(arguments).output().unwrap()
     }
 }

@@ -4,6 +4,7 @@
 //! The page, `consort status` and the autoscaler live from the snapshot alone, so that they show what the gateway acts
 //! on and nothing else.
 
+use consort_base::Histogram;
 use serde::{Deserialize, Serialize};
 
 /// What a gateway stands before: models, their versions, the replicas of each.
@@ -23,6 +24,20 @@ pub struct FleetModel {
     pub aliases: Vec<String>,
     /// At least one. Several share the requests by their weights.
     pub versions: Vec<FleetVersion>,
+    /// Whether one version scores another's answers.
+    #[serde(default)]
+    pub shadow: Option<Shadow>,
+}
+
+/// One version scores a sample of another's answers: a prefill of prompt and answer, after the client has its answer.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Shadow {
+    /// The version whose answers are scored; it scores them itself too, for comparison.
+    pub incumbent: String,
+    /// The version that scores them.
+    pub candidate: String,
+    /// Of its answers, how many in a hundred; fewer where that would take more than a tenth of the time.
+    pub percent: u32,
 }
 
 /// One version of a model.
@@ -35,6 +50,10 @@ pub struct FleetVersion {
     /// Where an answer may go on.
     #[serde(default)]
     pub numerics: Numerics,
+    /// On trial: a request that none of its replicas can take, or that one fails before the answer has begun, is given
+    /// to another version.
+    #[serde(default)]
+    pub on_trial: bool,
     /// May be empty: requests then wait for one, as long as the queue's limits allow.
     pub replicas: Vec<FleetReplica>,
 }
@@ -154,12 +173,46 @@ pub struct VersionSnapshot {
     pub requests: u64,
     /// Of them, those that failed for a reason that wasn't the client's.
     pub errors: u64,
+    /// Of these, those that another version answered instead.
+    #[serde(default)]
+    pub diverted: u64,
+    /// Tokens of its answers.
+    #[serde(default)]
+    pub tokens: u64,
     /// To the first token.
     pub first_token: Latency,
     /// Between tokens.
     pub inter_token: Latency,
+    /// What came of scoring another version's answers.
+    #[serde(default)]
+    pub shadow: ShadowSnapshot,
+    /// To the first token, since the version was made; for whoever compares versions within the process.
+    #[serde(skip)]
+    pub first_token_ever: Histogram,
+    /// Between tokens, likewise.
+    #[serde(skip)]
+    pub inter_token_ever: Histogram,
     /// In the fleet's order.
     pub replicas: Vec<ReplicaSnapshot>,
+}
+
+/// What came of scoring another version's answers, since the version was made.
+///
+/// An answer's disagreement is how much less likely, per token and in nats, this version finds it than the version that
+/// gave it: 0 for the same weights, bit for bit; an estimate of the Kullback-Leibler divergence for answers that were
+/// sampled at temperature 1.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct ShadowSnapshot {
+    /// Answers scored.
+    pub scored: u64,
+    /// Answers that it refused although the other version had given them (a shorter context, other token ids).
+    pub refused: u64,
+    /// Tries that came to nothing for another reason; they say nothing of the version.
+    pub failed: u64,
+    /// The disagreements of all scored answers added up, in nats a token.
+    pub disagreement_sum: f64,
+    /// Their squares added up.
+    pub disagreement_squares: f64,
 }
 
 /// A latency's distribution over the last minute or so.

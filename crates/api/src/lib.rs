@@ -25,7 +25,8 @@ pub use completion::{Completion, CompletionChoice, CompletionLogprobs};
 pub use error::{ErrorBody, ErrorObject};
 pub use fleet::{
     BreakerState, Fleet, FleetModel, FleetReplica, FleetSnapshot, FleetVersion, GatewayTotals, Latency,
-    ModelSnapshot, Numerics, ReadyReport, ReplicaSnapshot, ReplicaState, VersionSnapshot,
+    ModelSnapshot, Numerics, ReadyReport, ReplicaSnapshot, ReplicaState, Shadow, ShadowSnapshot,
+    VersionSnapshot,
 };
 pub use keys::{ApiKeyRecord, KeyLimits};
 pub use model::{ModelCard, ModelList};

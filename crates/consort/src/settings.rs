@@ -79,6 +79,12 @@ fn family(name: &str) -> Result<Family, String> {
     })
 }
 
+/// `500ms`, `30s`, `5m`, `1h`.
+pub(crate) fn time(text: &str) -> Result<std::time::Duration, String> {
+    let read = consort_control::config::parse_duration(text);
+    read.ok_or_else(|| "write it with its unit, like 500ms, 30s, 5m or 1h".to_owned())
+}
+
 /// `1048576`, `512M`, `2G`, `1.5GiB`: powers of 1024, as memory is counted.
 pub(crate) fn byte_count(text: &str) -> Result<usize, String> {
     const SHAPE: &str = "write a number of bytes, or one with K, M or G, like 512M";

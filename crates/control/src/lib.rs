@@ -12,6 +12,7 @@ pub mod keeper;
 pub mod keys;
 pub mod launch;
 pub mod process;
+pub mod rollout;
 pub mod store;
 pub mod supervisor;
 pub mod threads;

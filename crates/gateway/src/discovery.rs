@@ -76,8 +76,10 @@ impl Discovery {
                         name: fleet::ONLY_VERSION.to_owned(),
                         weight: 1,
                         numerics: self.numerics,
+                        on_trial: false,
                         replicas: Vec::new(),
                     }],
+                    shadow: None,
                 });
             }
             for model in fleet.models.iter_mut().filter(|model| model.name == *name) {

@@ -22,6 +22,7 @@ use crate::keys::{KeyError, Keys};
 use crate::policy::budget::Budget;
 use crate::policy::hedge::Purse;
 use crate::policy::idempotency::Idempotency;
+use crate::policy::shadow::Pace;
 use crate::proxy::{Held, Recording};
 use crate::settings::{Live, Settings};
 use crate::telemetry::Telemetry;
@@ -34,6 +35,7 @@ pub struct Gateway {
     pub(crate) telemetry: Arc<Telemetry>,
     budget: Mutex<Budget>,
     purse: Mutex<Purse>,
+    shadow: Mutex<Pace>,
     idempotency: Mutex<Idempotency<Arc<Recording>>>,
     pub(crate) held: Arc<Held>,
     tls: OnceLock<Tls>,
@@ -79,6 +81,7 @@ impl Gateway {
             telemetry: Arc::new(Telemetry::new()),
             budget: Mutex::default(),
             purse: Mutex::default(),
+            shadow: Mutex::default(),
             idempotency: Mutex::default(),
             held: Arc::default(),
             tls: OnceLock::new(),
@@ -144,6 +147,10 @@ impl Gateway {
 
     pub(crate) fn purse(&self) -> MutexGuard<'_, Purse> {
         self.purse.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn shadow(&self) -> MutexGuard<'_, Pace> {
+        self.shadow.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(crate) fn idempotency(&self) -> MutexGuard<'_, Idempotency<Arc<Recording>>> {

@@ -3,13 +3,10 @@
 use std::time::{Duration, Instant};
 
 use consort_api::Latency;
+use consort_base::histogram::{self, BUCKETS};
 
 /// Seconds of a rate.
 const SECONDS: usize = 10;
-/// Buckets of a latency: each a fifth wider than the one before, from 0.1 ms to three hours.
-const BUCKETS: usize = 102;
-const GROWTH: f64 = 1.2;
-const LEAST_MS: f64 = 0.1;
 /// A distribution is of the last one to two of these.
 const HALF: Duration = Duration::from_secs(30);
 
@@ -73,31 +70,15 @@ impl Latencies {
 
     pub(crate) fn add(&mut self, now: Instant, latency: Duration) {
         self.turn(now);
-        let ms = latency.as_secs_f64() * 1e3;
-        let bucket = ((ms / LEAST_MS).max(1.0).ln() / GROWTH.ln()) as usize;
-        let count = &mut self.now[bucket.min(BUCKETS - 1)];
+        let count = &mut self.now[histogram::bucket(latency)];
         *count = count.saturating_add(1);
     }
 
     pub(crate) fn wire(&mut self, now: Instant) -> Latency {
         self.turn(now);
-        let counts: Vec<u64> =
-            self.now.iter().zip(self.before.iter()).map(|(a, b)| u64::from(*a) + u64::from(*b)).collect();
-        let count: u64 = counts.iter().sum();
-        let quantile = |share: f64| {
-            let wanted = (count as f64 * share).ceil() as u64;
-            let mut seen = 0;
-            let bucket = counts.iter().position(|c| {
-                seen += c;
-                seen >= wanted.max(1)
-            });
-            // A bucket's geometric middle.
-            bucket.map_or(0.0, |bucket| LEAST_MS * GROWTH.powf(bucket as f64 + 0.5))
-        };
-        if count == 0 {
-            return Latency::default();
-        }
-        Latency { count, p50_ms: quantile(0.5), p99_ms: quantile(0.99) }
+        let counts = self.now.iter().zip(self.before.iter()).map(|(a, b)| u64::from(*a) + u64::from(*b));
+        let quantile = |share| histogram::quantile_ms(counts.clone(), share).unwrap_or_default();
+        Latency { count: counts.clone().sum(), p50_ms: quantile(0.5), p99_ms: quantile(0.99) }
     }
 }
 

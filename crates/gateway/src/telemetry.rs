@@ -7,8 +7,11 @@ use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
-use consort_api::{BreakerState, FleetSnapshot, GatewayTotals, Latency, ReplicaState};
-use consort_meter::{Counter, Family, Gauge, Histogram, Metrics};
+use consort_api::{
+    BreakerState, FleetSnapshot, GatewayTotals, ReplicaState, ShadowSnapshot, VersionSnapshot,
+};
+use consort_base::Histogram as Ever;
+use consort_meter::{Counter, Distribution, Family, Gauge, Histogram, Metrics};
 use hyper::header::HeaderValue;
 
 use crate::keys::Key;
@@ -62,6 +65,10 @@ struct Gauges {
     breaker: Family<Labels<1>, Gauge>,
     outstanding: Family<Labels<1>, Gauge>,
     outstanding_tokens: Family<Labels<1>, Gauge>,
+    version_first_token: Family<Labels<2>, Distribution>,
+    version_inter_token: Family<Labels<2>, Distribution>,
+    shadow: Family<Labels<3>, Gauge>,
+    disagreement: Family<Labels<2>, Gauge<f64, AtomicU64>>,
 }
 
 /// Things that happen and are counted.
@@ -79,7 +86,21 @@ pub(crate) enum Event {
 pub(crate) struct VersionStats {
     pub(crate) requests: AtomicU64,
     pub(crate) errors: AtomicU64,
-    latencies: Mutex<(Latencies, Latencies)>,
+    diverted: AtomicU64,
+    tokens: AtomicU64,
+    latencies: Mutex<[(Latencies, Ever); 2]>,
+    shadow: Mutex<ShadowSnapshot>,
+}
+
+/// What came of scoring one answer.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) enum Scored {
+    /// So much less likely, in nats a token.
+    Disagreement(f64),
+    /// The candidate won't score it.
+    Refused,
+    /// Nothing can be said.
+    Failed,
 }
 
 impl VersionStats {
@@ -88,19 +109,51 @@ impl VersionStats {
         VersionStats {
             requests: AtomicU64::new(0),
             errors: AtomicU64::new(0),
-            latencies: Mutex::new((Latencies::new(now), Latencies::new(now))),
+            diverted: AtomicU64::new(0),
+            tokens: AtomicU64::new(0),
+            latencies: Mutex::new([0, 1].map(|_| (Latencies::new(now), Ever::default()))),
+            shadow: Mutex::default(),
         }
     }
 
-    /// To the first token, between tokens.
-    pub(crate) fn wire(&self, now: Instant) -> (Latency, Latency) {
+    /// What is counted here; who is behind it, the caller fills in.
+    pub(crate) fn snapshot(&self, now: Instant) -> VersionSnapshot {
         let mut latencies = self.latencies.lock().unwrap_or_else(PoisonError::into_inner);
-        (latencies.0.wire(now), latencies.1.wire(now))
+        let [first, inter] = &mut *latencies;
+        let load = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        VersionSnapshot {
+            requests: load(&self.requests),
+            errors: load(&self.errors),
+            diverted: load(&self.diverted),
+            tokens: load(&self.tokens),
+            first_token: first.0.wire(now),
+            inter_token: inter.0.wire(now),
+            first_token_ever: first.1.clone(),
+            inter_token_ever: inter.1.clone(),
+            shadow: *self.shadow.lock().unwrap_or_else(PoisonError::into_inner),
+            ..VersionSnapshot::default()
+        }
     }
 
     fn add(&self, now: Instant, first: bool, latency: Duration) {
         let mut latencies = self.latencies.lock().unwrap_or_else(PoisonError::into_inner);
-        if first { latencies.0.add(now, latency) } else { latencies.1.add(now, latency) }
+        let (recent, ever) = &mut latencies[usize::from(!first)];
+        recent.add(now, latency);
+        ever.add(latency);
+    }
+
+    /// An answer of another version was scored, or was to be.
+    pub(crate) fn scored(&self, scored: Scored) {
+        let mut shadow = self.shadow.lock().unwrap_or_else(PoisonError::into_inner);
+        match scored {
+            Scored::Disagreement(nats) => {
+                shadow.scored += 1;
+                shadow.disagreement_sum += nats;
+                shadow.disagreement_squares += nats * nats;
+            }
+            Scored::Refused => shadow.refused += 1,
+            Scored::Failed => shadow.failed += 1,
+        }
     }
 }
 
@@ -159,6 +212,15 @@ impl Telemetry {
         version.add(now, false, latency);
     }
 
+    /// A version on trial failed a request, which another version answers.
+    pub(crate) fn diverted(&self, model: &str, version: &str, stats: &VersionStats) {
+        stats.requests.fetch_add(1, Ordering::Relaxed);
+        stats.errors.fetch_add(1, Ordering::Relaxed);
+        stats.diverted.fetch_add(1, Ordering::Relaxed);
+        let labels = [("model", model), ("version", version), ("outcome", "diverted")];
+        self.series.versions.get_or_create(&labels.map(|(name, value)| (name, value.to_owned()))).inc();
+    }
+
     /// A client's pause while its answer moved to another replica.
     pub(crate) fn gap(&self, gap: Duration) {
         self.series.gaps.observe(gap.as_secs_f64());
@@ -192,10 +254,17 @@ impl Telemetry {
         gauges.breaker.clear();
         gauges.outstanding.clear();
         gauges.outstanding_tokens.clear();
+        gauges.version_first_token.clear();
+        gauges.version_inter_token.clear();
+        gauges.shadow.clear();
+        gauges.disagreement.clear();
         gauges.streams.set(self.streams.load(Ordering::Relaxed) as i64);
         gauges.active.set(self.active.load(Ordering::Relaxed) as i64);
         for model in &snapshot.models {
             gauges.queued.get_or_create(&[("model", model.name.clone())]).set(model.queued as i64);
+            for version in &model.versions {
+                gauges.version(&model.name, version);
+            }
             for replica in model.versions.iter().flat_map(|version| &version.replicas) {
                 let id = || [("replica", replica.id.clone())];
                 for state in ALL_STATES {
@@ -214,6 +283,33 @@ impl Telemetry {
         self.series.registry.text()
     }
 }
+
+impl Gauges {
+    /// The numbers of one version.
+    fn version(&self, model: &str, version: &VersionSnapshot) {
+        let labels = || [("model", model.to_owned()), ("version", version.name.clone())];
+        let set = |family: &Family<Labels<2>, Distribution>, ever: &Ever| {
+            family.get_or_create(&labels()).set(ever.coarse(SERIES_EVERY), ever.sum_seconds());
+        };
+        set(&self.version_first_token, &version.first_token_ever);
+        set(&self.version_inter_token, &version.inter_token_ever);
+        let shadow = &version.shadow;
+        if shadow.scored + shadow.refused + shadow.failed == 0 {
+            return;
+        }
+        let outcomes = [("scored", shadow.scored), ("refused", shadow.refused), ("failed", shadow.failed)];
+        for (outcome, count) in outcomes {
+            let [model, version] = labels();
+            let labels = [model, version, ("outcome", outcome.to_owned())];
+            self.shadow.get_or_create(&labels).set(i64::try_from(count).unwrap_or(i64::MAX));
+        }
+        let mean = shadow.disagreement_sum / (shadow.scored.max(1) as f64);
+        self.disagreement.get_or_create(&labels()).set(mean);
+    }
+}
+
+/// Buckets of ours that make one of a series by version: each is then about twice as wide as the one before.
+const SERIES_EVERY: usize = 4;
 
 const ALL_STATES: [ReplicaState; 6] = [
     ReplicaState::Starting,
@@ -246,7 +342,7 @@ impl Series {
             key_tokens: registry.counters("key_tokens", "Tokens of prompts and answers, by key"),
             versions: registry.counters(
                 "version_requests",
-                "Requests for answers, by model, version and outcome (ok, client, error)",
+                "Requests for answers, by model, version and outcome (ok, client, error, diverted)",
             ),
             version_tokens: registry.counters("version_tokens", "Tokens of answers, by model and version"),
             failures: registry
@@ -290,6 +386,22 @@ impl Series {
                     .gauges("replica_outstanding_requests", "Requests sent there and not complete"),
                 outstanding_tokens: registry
                     .gauges("replica_outstanding_tokens", "Tokens these are estimated to need yet"),
+                version_first_token: registry.distributions(
+                    "version_time_to_first_token_seconds",
+                    "From a request's arrival to its first token, by model and version",
+                ),
+                version_inter_token: registry.distributions(
+                    "version_inter_token_seconds",
+                    "Between two tokens of one answer, by model and version",
+                ),
+                shadow: registry.gauges(
+                    "shadow_answers",
+                    "Answers that a candidate was to score, by model, version and outcome (scored, refused, failed)",
+                ),
+                disagreement: registry.gauges_f64(
+                    "shadow_disagreement_nats",
+                    "How much less likely, per token, a candidate finds the incumbent's answers, on average",
+                ),
             },
             registry,
         }
@@ -308,6 +420,14 @@ pub(crate) struct Tally {
     /// Its answer is complete.
     pub(crate) complete: AtomicBool,
     pub(crate) place: OnceLock<Place>,
+    /// Where it went when the version it began with was on trial and failed it.
+    pub(crate) diverted: OnceLock<Place>,
+}
+
+impl Tally {
+    fn place(&self) -> Option<&Place> {
+        self.diverted.get().or(self.place.get())
+    }
 }
 
 /// Where a request went.
@@ -399,9 +519,10 @@ impl Drop for Record {
             }
             series.keys.get_or_create(&[("key", key.to_owned()), ("status", status.to_string())]).inc();
             series.key_tokens.get_or_create(&[("key", key.to_owned())]).inc_by(prompt + answer);
-            if let Some(place) = tally.place.get() {
+            if let Some(place) = tally.place() {
                 place.stats.requests.fetch_add(1, Ordering::Relaxed);
                 place.stats.errors.fetch_add(u64::from(error), Ordering::Relaxed);
+                place.stats.tokens.fetch_add(answer, Ordering::Relaxed);
                 let outcome = if error {
                     "error"
                 } else if status >= 400 {
@@ -425,7 +546,7 @@ impl Drop for Record {
             tracing::debug!(route = self.route, status, ms, request_id, "request");
             return;
         }
-        let place = tally.place.get();
+        let place = tally.place();
         tracing::info!(
             route = self.route,
             status,

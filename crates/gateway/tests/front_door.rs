@@ -106,25 +106,6 @@ async fn a_broken_stream_that_nobody_can_continue_ends_with_an_error_event() {
 }
 
 #[tokio::test]
-async fn a_stream_goes_on_at_a_replica_that_was_started_after_it() {
-    let replicas = [Replica::start("a").await, Replica::start("a").await];
-    let door = door(settings(), &fleet(&replicas[..1], Numerics::SameClass)).await;
-    replicas[0].act(Act::HoldAndBreak(3));
-    (0..9).for_each(|_| replicas[0].act(Act::Status(500, "internal_error")));
-    let streaming = door.open(&[], &chat(json!({"stream": true}))).await;
-    while replicas[0].count() == 0 {
-        tokio::time::sleep(Duration::from_millis(1)).await;
-    }
-    let mut successors = fleet(&replicas[1..], Numerics::SameClass);
-    successors.models[0].versions[0].replicas[0].id = "r0.2".to_owned();
-    door.gateway.set_fleet(&successors).unwrap();
-    door.all_ready().await;
-    replicas[0].go_on.notify_one();
-    assert_eq!(read(streaming).await.text(), WORDS);
-    assert_eq!((replicas[0].count(), replicas[1].count()), (1, 1), "who is gone isn't asked again");
-}
-
-#[tokio::test]
 async fn a_repeat_gets_the_same_answer_and_another_body_is_told() {
     let replicas = [Replica::start("a").await];
     let door = door(settings(), &fleet(&replicas, Numerics::SameClass)).await;
@@ -301,5 +282,50 @@ async fn hostile_requests_are_refused_and_cheap() {
     let head = asked.last().unwrap().0.to_ascii_lowercase();
     for absent in ["te:", "x-forwarded-for", "client-secret"] {
         assert!(!head.contains(absent), "{absent} in {head}");
+    }
+}
+
+#[tokio::test]
+async fn what_a_version_on_trial_cannot_do_another_does() {
+    let replicas = [Replica::start("a").await, Replica::start("b").await];
+    let mut fleet = fleet(&replicas, Numerics::SameClass);
+    let versions = &mut fleet.models[0].versions;
+    let mut trial = versions[0].clone();
+    (trial.name, trial.on_trial, trial.weight) = ("v2".to_owned(), true, 100);
+    trial.replicas.remove(0);
+    versions[0].replicas.remove(1);
+    versions[0].weight = 0;
+    versions.push(trial);
+    let door = door(settings(), &fleet).await;
+    let did = |door: &Door| {
+        let versions = door.gateway.snapshot().models[0].versions.clone();
+        versions.iter().map(|v| (v.requests, v.errors, v.diverted)).collect::<Vec<_>>()
+    };
+    assert_eq!(door.post(&[], &chat(json!({}))).await.status, 200);
+    assert_eq!((replicas[0].count(), replicas[1].count()), (0, 1));
+    for act in [Act::Status(500, "internal_error"), Act::Break(0), Act::Status(503, "draining")] {
+        replicas[1].act(act);
+        let response = door.post(&[], &chat(json!({"stream": true}))).await;
+        assert_eq!((response.status, response.text().as_str()), (200, WORDS));
+    }
+    assert_eq!(replicas[0].count(), 3);
+    assert_eq!(did(&door), [(3, 0, 0), (4, 3, 3)]);
+    // An answer that has begun is the version's: its client would get another model's words.
+    replicas[1].act(Act::Break(2));
+    let response = door.post(&[], &chat(json!({"stream": true}))).await;
+    assert_eq!(response.text(), WORDS);
+    assert_eq!((replicas[0].count(), did(&door)[1]), (3, (5, 3, 3)));
+
+    // Without a replica at all.
+    fleet.models[0].versions[1].replicas.clear();
+    door.gateway.set_fleet(&fleet).unwrap();
+    assert_eq!(door.post(&[], &chat(json!({}))).await.status, 200);
+    assert_eq!(did(&door), [(4, 0, 0), (6, 4, 4)]);
+    let metrics = door.get("/metrics").await.body;
+    for line in [
+        "consort_gateway_version_requests_total{model=\"m\",version=\"v2\",outcome=\"diverted\"} 4",
+        "consort_gateway_version_time_to_first_token_seconds_count{model=\"m\",version=\"v2\"} 2",
+    ] {
+        assert!(metrics.contains(line), "{line} is missing in\n{metrics}");
     }
 }

@@ -4,6 +4,6 @@ mod logging;
 mod metrics;
 
 pub use logging::{LogError, LogFormat, init_logging};
-pub use metrics::{Metrics, Sample, SampleKind, SampleSource};
+pub use metrics::{Distribution, Metrics, Sample, SampleKind, SampleSource};
 // The two kinds of series that callers hold and move; re-exported so that one version of the crate is in use.
 pub use prometheus_client::metrics::{counter::Counter, family::Family, gauge::Gauge, histogram::Histogram};

@@ -4,16 +4,17 @@
 //! scrapes, for numbers that another part keeps anyway. The second costs nothing between scrapes.
 
 use std::fmt::{Debug, Write as _};
+use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use prometheus_client::collector::Collector;
-use prometheus_client::encoding::{DescriptorEncoder, EncodeLabelSet, EncodeMetric, text};
-use prometheus_client::metrics::MetricType;
+use prometheus_client::encoding::{DescriptorEncoder, EncodeLabelSet, EncodeMetric, MetricEncoder, text};
 use prometheus_client::metrics::counter::{ConstCounter, Counter};
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::{ConstGauge, Gauge};
 use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::metrics::info::Info;
+use prometheus_client::metrics::{MetricType, TypedMetric};
 use prometheus_client::registry::Registry;
 
 /// What a sample means.
@@ -94,6 +95,16 @@ impl Metrics {
         family
     }
 
+    /// A gauge of any real number for each set of labels.
+    pub fn gauges_f64<L>(&self, name: &str, help: &str) -> Family<L, Gauge<f64, AtomicU64>>
+    where
+        L: Clone + std::hash::Hash + Eq + EncodeLabelSet + Debug + Send + Sync + 'static,
+    {
+        let family = Family::<L, Gauge<f64, AtomicU64>>::default();
+        self.with(|r| r.register(name, help, family.clone()));
+        family
+    }
+
     /// A gauge.
     pub fn gauge(&self, name: &str, help: &str) -> Gauge {
         let gauge = Gauge::default();
@@ -106,6 +117,17 @@ impl Metrics {
         let histogram = Histogram::new(bounds.iter().copied());
         self.with(|r| r.register(name, help, histogram.clone()));
         histogram
+    }
+
+    /// A distribution for each set of labels, kept elsewhere and set at a scrape. Whoever sets them clears the family of
+    /// what is gone.
+    pub fn distributions<L>(&self, name: &str, help: &str) -> Family<L, Distribution>
+    where
+        L: Clone + std::hash::Hash + Eq + EncodeLabelSet + Debug + Send + Sync + 'static,
+    {
+        let family = Family::<L, Distribution>::default();
+        self.with(|r| r.register(name, help, family.clone()));
+        family
     }
 
     /// A constant: what runs here.
@@ -128,6 +150,38 @@ impl Metrics {
             let _ = writeln!(out, "# a series could not be written");
         }
         out
+    }
+}
+
+/// A histogram whose counts are somebody else's.
+#[derive(Clone, Debug, Default)]
+pub struct Distribution(Arc<Mutex<Counts>>);
+
+/// Buckets by upper bound, and the sum of all values.
+type Counts = (Vec<(f64, u64)>, f64);
+
+impl Distribution {
+    /// Says what has been counted: each bucket's upper bound, ascending, with the values in it and in no lower one; and
+    /// all values added up.
+    pub fn set(&self, buckets: Vec<(f64, u64)>, sum: f64) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = (buckets, sum);
+    }
+}
+
+impl TypedMetric for Distribution {
+    const TYPE: MetricType = MetricType::Histogram;
+}
+
+impl EncodeMetric for Distribution {
+    fn encode(&self, mut encoder: MetricEncoder<'_>) -> Result<(), std::fmt::Error> {
+        let (mut buckets, sum) = self.0.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let count = buckets.iter().map(|(_, count)| count).sum();
+        buckets.push((f64::MAX, 0));
+        encoder.encode_histogram::<[(&str, &str); 0]>(sum, count, &buckets, None)
+    }
+
+    fn metric_type(&self) -> MetricType {
+        Self::TYPE
     }
 }
 
@@ -197,6 +251,8 @@ mod tests {
         metrics.histogram("latency_seconds", "Latency", &[0.1, 1.0]).observe(0.5);
         metrics.info("build", "What runs here", &[("version", "1.2.3")]);
         metrics.source(Arc::new(Fixed));
+        let family = metrics.distributions("wait_seconds", "Waiting");
+        family.get_or_create(&[("version", "v2")]).set(vec![(0.5, 1), (1.0, 2)], 2.5);
         let text = metrics.text();
         for line in [
             "consort_requests_total 1",
@@ -210,6 +266,10 @@ mod tests {
             "consort_rows_bucket{le=\"+Inf\"} 6",
             "consort_rows_count 6",
             "consort_rows_sum 20.0",
+            "consort_wait_seconds_bucket{le=\"1.0\",version=\"v2\"} 3",
+            "consort_wait_seconds_bucket{le=\"+Inf\",version=\"v2\"} 3",
+            "consort_wait_seconds_sum{version=\"v2\"} 2.5",
+            "consort_wait_seconds_count{version=\"v2\"} 3",
             "# EOF",
         ] {
             assert!(text.lines().any(|l| l == line), "{line} is missing in\n{text}");

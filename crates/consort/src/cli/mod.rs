@@ -5,6 +5,7 @@ mod gateway;
 mod key;
 mod models;
 mod pull;
+mod rollout;
 mod run;
 mod serve;
 mod status;
@@ -36,6 +37,8 @@ enum Command {
     Gateway(gateway::Gateway),
     /// What `consort up` runs here, how healthy and how loaded
     Status(status::Status),
+    /// A new version of a model beside the old one: start, watch, promote or abort it
+    Rollout(rollout::Rollout),
     /// API keys: make, list and revoke them
     Key(key::Key),
     /// Fetch a model
@@ -67,6 +70,7 @@ impl Cli {
             Command::Serve(serve) => serve.run(),
             Command::Gateway(gateway) => gateway.run(),
             Command::Status(status) => status.run(),
+            Command::Rollout(rollout) => rollout.run(),
             Command::Key(key) => key.run(),
             Command::Pull(pull) => pull.run(),
             Command::Models(models) => models.run(),

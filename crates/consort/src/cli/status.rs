@@ -122,6 +122,10 @@ fn show(status: &FleetStatus, style: Style) -> Vec<String> {
             scaling.model, scaling.version, scaling.replicas, scaling.min, scaling.max, scaling.reason
         ));
     }
+    for view in &status.rollouts {
+        lines.push(String::new());
+        lines.extend(super::rollout::show(view, style));
+    }
     lines.extend(status.warning.iter().map(|text| format!("warning: {text}")));
     if !status.restart_needed.is_empty() {
         lines.push(format!("changed in the file, for the next start: {}", status.restart_needed.join(", ")));

@@ -13,13 +13,15 @@ use axum::extract::{Path as Named, State};
 use axum::http::{HeaderMap, StatusCode, header::AUTHORIZATION};
 use axum::middleware::Next;
 use axum::response::{IntoResponse as _, Response};
-use axum::routing::{delete, get};
+use axum::routing::{delete, get, post};
 use axum::{Json, Router};
 use consort_api::KeyLimits;
 use consort_control::keys;
+use consort_control::rollout::Spec;
 use consort_control::store::StoreError;
 use serde::{Deserialize, Serialize};
 
+use super::rollouts::{Ask, What};
 use super::shared::Shared;
 
 /// The file's name within the state folder.
@@ -70,6 +72,9 @@ impl Admin {
             .route("/fleet", get(fleet))
             .route("/keys", get(list).post(create))
             .route("/keys/{id}", delete(revoke))
+            .route("/rollouts", get(rollouts).post(start))
+            .route("/rollouts/{model}/promote", post(promote))
+            .route("/rollouts/{model}/abort", post(abort))
             .layer(axum::middleware::from_fn_with_state(shared.clone(), check))
             .with_state(shared);
         let task = tokio::spawn(async move {
@@ -149,5 +154,36 @@ async fn revoke(State(shared): State<Arc<Shared>>, Named(id): Named<String>) -> 
     match gone.and_then(|gone| shared.reload_keys().map(|()| gone)) {
         Ok(gone) => Json(serde_json::json!({ "revoked": gone })).into_response(),
         Err(error) => failed(&error),
+    }
+}
+
+async fn rollouts(State(shared): State<Arc<Shared>>) -> Response {
+    let rollouts = shared.state().rollouts.clone();
+    Json(rollouts).into_response()
+}
+
+async fn start(State(shared): State<Arc<Shared>>, Json(spec): Json<Spec>) -> Response {
+    ask(&shared, What::Start(Box::new(spec))).await
+}
+
+async fn promote(State(shared): State<Arc<Shared>>, Named(model): Named<String>) -> Response {
+    ask(&shared, What::Promote(model)).await
+}
+
+async fn abort(State(shared): State<Arc<Shared>>, Named(model): Named<String>) -> Response {
+    ask(&shared, What::Abort(model)).await
+}
+
+/// Asks the director, who decides what runs.
+async fn ask(shared: &Shared, what: What) -> Response {
+    let (answer, answered) = tokio::sync::oneshot::channel();
+    let gone = || refuse(StatusCode::SERVICE_UNAVAILABLE, "it is shutting down");
+    if shared.asks.send(Ask { what, answer }).await.is_err() {
+        return gone();
+    }
+    match answered.await {
+        Ok(Ok(rollout)) => Json(rollout).into_response(),
+        Ok(Err(message)) => refuse(StatusCode::CONFLICT, message),
+        Err(_) => gone(),
     }
 }

@@ -19,6 +19,7 @@ use consort_hub::Hub;
 use tokio::task::JoinHandle;
 use tokio::time::MissedTickBehavior;
 
+use super::rollouts::{Ask, Now, Rollouts};
 use super::shared::{Scaling, Shared};
 use super::source::Source;
 use super::{Plan, locate, source, summary};
@@ -36,7 +37,11 @@ const CLOSING: Duration = Duration::from_secs(15);
 type Finding = JoinHandle<Result<BTreeMap<String, Located>>>;
 
 pub(crate) struct Director {
+    /// What the file says.
+    file: Deployment,
+    /// What runs: the file with rollouts laid over it.
     deployment: Deployment,
+    rollouts: Rollouts,
     source: Source,
     hub: Arc<Hub>,
     located: BTreeMap<String, Located>,
@@ -67,6 +72,7 @@ impl Director {
         plan: Plan,
         hub: Hub,
         located: BTreeMap<String, Located>,
+        rollouts: Rollouts,
         shared: Arc<Shared>,
     ) -> Director {
         let file_seen = plan.source.file().and_then(|path| {
@@ -75,7 +81,9 @@ impl Director {
         });
         Director {
             fixed: Fixed::of(&plan.deployment),
-            deployment: plan.deployment,
+            deployment: rollouts.promoted(&plan.deployment),
+            file: plan.deployment,
+            rollouts,
             source: plan.source,
             hub: Arc::new(hub),
             located,
@@ -116,6 +124,10 @@ impl Director {
         let mut ticks = tokio::time::interval(TICK);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut count = 0u64;
+        let mut asks = self.shared.take_asks().context("the deployment has a director already")?;
+        self.forget_outdated();
+        self.rollouts.find_again(&self.file, &self.hub);
+        self.refresh();
         self.publish(&routes.borrow_and_update())?;
         self.want(keeper).await;
         if versions(&self.deployment).all(|(_, version)| version.min == 0) {
@@ -135,6 +147,15 @@ impl Director {
                     self.greet(&slots)?;
                     self.count(&slots);
                 }
+                Some(Ask { what, answer }) = asks.recv() => {
+                    let done = self.rollouts.ask(&self.file, &self.hub, what);
+                    let changed = done.is_ok();
+                    // Whoever asked may be gone.
+                    let _ = answer.send(done);
+                    if changed {
+                        self.apply(keeper).await?;
+                    }
+                }
                 () = hangups.next() => {
                     if self.at_terminal && !std::io::stderr().is_terminal() {
                         // The terminal was closed, which is no wish for a restart.
@@ -153,14 +174,60 @@ impl Director {
                         changed |= self.look_at_models();
                     }
                     changed |= self.scale(keeper);
+                    changed |= self.look_at_rollouts(keeper).await;
                     if changed {
-                        self.want(keeper).await;
-                        let routes = keeper.routes().borrow().clone();
-                        self.publish(&routes)?;
+                        self.apply(keeper).await?;
                     }
                 }
             }
         }
+    }
+
+    /// Makes what should run run.
+    async fn apply(&mut self, keeper: &Keeper) -> Result<()> {
+        self.refresh();
+        self.want(keeper).await;
+        let routes = keeper.routes().borrow().clone();
+        self.publish(&routes)
+    }
+
+    /// Lays the rollouts over the file.
+    fn refresh(&mut self) {
+        self.deployment = self.rollouts.book.over(&self.file, &self.counts);
+        let known: Vec<_> =
+            versions(&self.deployment).map(|(model, v)| (model.to_owned(), v.name.clone())).collect();
+        self.counts.retain(|key, _| known.contains(key));
+        self.histories.retain(|key, _| known.contains(key));
+    }
+
+    /// What was promoted over a version that the file has no more is over.
+    fn forget_outdated(&mut self) {
+        for model in self.rollouts.book.outdated(&self.file) {
+            self.say(
+                false,
+                format!("the file's version of {model} takes over from the one that was promoted"),
+            );
+            if let Err(error) = self.rollouts.write(&model) {
+                self.say(true, format!("that can't be written down: {error}"));
+            }
+        }
+    }
+
+    /// Lets rollouts go on; whether something is to change.
+    async fn look_at_rollouts(&mut self, keeper: &Keeper) -> bool {
+        let (snapshot, slots) = (self.shared.snapshot(), keeper.view());
+        let now = Now {
+            file: &self.file,
+            running: &self.deployment,
+            snapshot: &snapshot,
+            slots: &slots,
+            counts: &self.counts,
+        };
+        let looked = self.rollouts.look(&now).await;
+        self.shared.state().rollouts = self.rollouts.views(&now);
+        self.located.extend(looked.located);
+        looked.notices.into_iter().for_each(|notice| self.shared.say(notice));
+        looked.changed
     }
 
     fn say(&self, bad: bool, text: impl Into<String>) {
@@ -188,7 +255,7 @@ impl Director {
 
     /// Tells the front door where requests may go.
     pub(crate) fn publish(&self, routes: &[Route]) -> Result<()> {
-        let fleet = fleet(&self.deployment, routes, &self.shared.replica_key);
+        let fleet = fleet(&self.deployment, &self.rollouts, routes, &self.shared.replica_key);
         self.shared.door.set_fleet(&fleet).context("the front door refuses the fleet")
     }
 
@@ -209,7 +276,11 @@ impl Director {
         }
         match read.and_then(|_| source::read(path)) {
             Ok(deployment) => {
-                let (hub, sources) = (self.hub.clone(), locate::sources(&deployment));
+                if let Some(why) = self.rollouts.book.refuses(&self.file, &deployment) {
+                    return self.refuse(&anyhow::anyhow!(why));
+                }
+                let (hub, sources) =
+                    (self.hub.clone(), locate::sources(&self.rollouts.promoted(&deployment)));
                 let finding = tokio::task::spawn_blocking(move || {
                     let find = |source: String| locate::one(&hub, &source).map(|found| (source, found));
                     sources.into_iter().map(find).collect()
@@ -247,7 +318,7 @@ impl Director {
 
     fn adopt(&mut self, deployment: Deployment, located: BTreeMap<String, Located>) {
         let later = self.fixed.other(&deployment);
-        if deployment == self.deployment {
+        if deployment == self.file {
             self.say(false, "the file was edited; it asks for what runs already");
         } else {
             self.say(false, "the edit is applied; only what it changes restarts");
@@ -258,10 +329,6 @@ impl Director {
                 format!("these changes wait for the next start of consort up: {}", later.join(", ")),
             );
         }
-        let known: Vec<_> =
-            versions(&deployment).map(|(model, v)| (model.to_owned(), v.name.clone())).collect();
-        self.counts.retain(|key, _| known.contains(key));
-        self.histories.retain(|key, _| known.contains(key));
         let mut state = self.shared.state();
         state.file_error = None;
         state.restart_needed = later;
@@ -272,7 +339,13 @@ impl Director {
         if let Err(error) = self.shared.arm_door() {
             self.say(true, format!("the front door keeps its old keys: {error:#}"));
         }
-        (self.deployment, self.located) = (deployment, located);
+        // A candidate's model was found for its rollout, and is in no file.
+        self.located.extend(located);
+        self.file = deployment;
+        self.forget_outdated();
+        self.refresh();
+        let sources = locate::sources(&self.deployment);
+        self.located.retain(|source, _| sources.contains(source));
     }
 
     /// Whether a model's file was replaced.
@@ -398,12 +471,13 @@ fn load(replicas: u32, name: &str, version: &str, door: Option<&ModelSnapshot>, 
 }
 
 /// The fleet that the front door should stand before.
-fn fleet(deployment: &Deployment, routes: &[Route], key: &str) -> Fleet {
+fn fleet(deployment: &Deployment, rollouts: &Rollouts, routes: &[Route], key: &str) -> Fleet {
     let numerics = if deployment.cross_class { Numerics::AnyClass } else { Numerics::SameClass };
-    let version = |model: &str, name: &str, weight| FleetVersion {
+    let version = |model: &str, name: &str, weight, on_trial| FleetVersion {
         name: name.to_owned(),
         weight,
         numerics,
+        on_trial,
         replicas: routes
             .iter()
             .filter(|route| route.slot.model == model && route.slot.version == name)
@@ -418,9 +492,16 @@ fn fleet(deployment: &Deployment, routes: &[Route], key: &str) -> Fleet {
     };
     let models = deployment.models.iter().map(|model| {
         let share = model.canary.as_ref().map_or(0, |canary| canary.weight);
-        let mut versions = vec![version(&model.name, &model.stable.name, 100 - share)];
-        versions.extend(model.canary.iter().map(|c| version(&model.name, &c.version.name, c.weight)));
-        FleetModel { name: model.name.clone(), aliases: Vec::new(), versions }
+        let trial = rollouts.trial(&model.name);
+        let mut versions = vec![version(&model.name, &model.stable.name, 100 - share, false)];
+        versions.extend(model.canary.iter().map(|canary| {
+            let name = &canary.version.name;
+            // One that may have no replica waits for its requests, or it would never get one.
+            let on_trial = trial.as_ref().is_some_and(|(on, _)| on == name) || canary.version.min > 0;
+            version(&model.name, name, canary.weight, on_trial)
+        }));
+        let shadow = trial.and_then(|(_, shadow)| shadow);
+        FleetModel { name: model.name.clone(), aliases: Vec::new(), versions, shadow }
     });
     Fleet { models: models.collect() }
 }

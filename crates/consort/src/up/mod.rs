@@ -7,6 +7,7 @@ mod director;
 mod fleet_page;
 mod guard;
 mod locate;
+mod rollouts;
 mod shared;
 mod source;
 mod start;
@@ -27,6 +28,7 @@ use crate::terminal::note;
 use crate::{environment, signals};
 use admin::Admin;
 pub(crate) use admin::{Door, FILE as ADMIN_FILE, NewKey};
+pub(crate) use rollouts::{Numbers, RolloutView, abort_at_rest, records};
 pub(crate) use shared::FleetStatus;
 use shared::Shared;
 pub(crate) use shared::cores;
@@ -52,7 +54,8 @@ pub(crate) fn run(plan: Plan) -> Result<()> {
     }
     let hub = environment::hub()?;
     // Progress is shown for what must be fetched before anything can run; later fetches happen behind the scenes.
-    let located = locate::first(&hub, &plan.deployment, plan.json)?;
+    let rollouts = rollouts::Rollouts::load(store.clone())?;
+    let located = locate::first(&hub, &rollouts.promoted(&plan.deployment), plan.json)?;
 
     let door = Gateway::new(settings(&plan.deployment));
     if let Some(tls) = tls {
@@ -67,7 +70,7 @@ pub(crate) fn run(plan: Plan) -> Result<()> {
 
     let (stop_door, door_stopped) = tokio::sync::oneshot::channel::<()>();
     let (stop_fleet, fleet_stopped) = tokio::sync::oneshot::channel::<()>();
-    let director = director::Director::new(plan, hub, located, shared.clone());
+    let director = director::Director::new(plan, hub, located, rollouts, shared.clone());
     let fleet = std::thread::Builder::new()
         .name("fleet".into())
         .spawn(move || -> Result<()> {

@@ -11,8 +11,10 @@ use consort_control::store::Store;
 use consort_control::supervisor::{Notice, SlotView};
 use consort_gateway::Gateway;
 use serde::{Deserialize, Serialize};
+use tokio::sync::mpsc;
 
 use super::Plan;
+use super::rollouts::{ASKS, Ask, Asks, RolloutView};
 use crate::terminal::note;
 
 /// Notices that are remembered.
@@ -46,6 +48,9 @@ pub(crate) struct FleetStatus {
     pub(crate) slots: Vec<SlotView>,
     /// How many replicas each version should have, and why.
     pub(crate) scaling: Vec<Scaling>,
+    /// The latest rollout of each model.
+    #[serde(default)]
+    pub(crate) rollouts: Vec<RolloutView>,
     /// The fleet as the front door sees it.
     pub(crate) gateway: FleetSnapshot,
     /// Replicas lost since the store was made.
@@ -89,6 +94,9 @@ pub(crate) struct Shared {
     file: Option<String>,
     started: Instant,
     keeper: OnceLock<Keeper>,
+    /// Where the director hears what people ask of rollouts.
+    pub(crate) asks: mpsc::Sender<Ask>,
+    heard: Mutex<Option<Asks>>,
     state: Mutex<State>,
 }
 
@@ -102,6 +110,7 @@ pub(crate) struct State {
     pub(crate) page: bool,
     pub(crate) warning: Option<String>,
     pub(crate) scaling: Vec<Scaling>,
+    pub(crate) rollouts: Vec<RolloutView>,
     pub(crate) restarts_ever: u64,
     keys: Vec<ApiKeyRecord>,
 }
@@ -125,6 +134,7 @@ impl Shared {
             limits: KeyLimits::default(),
             created: 0,
         });
+        let (asks, heard) = mpsc::channel(ASKS);
         let shared = Shared {
             store,
             door,
@@ -136,6 +146,8 @@ impl Shared {
             file: plan.source.file().map(|f| f.display().to_string()),
             started: plan.started,
             keeper: OnceLock::new(),
+            asks,
+            heard: Mutex::new(Some(heard)),
             state: Mutex::new(state),
         };
         shared.reload_keys()?;
@@ -162,6 +174,11 @@ impl Shared {
             (state.keys.clone(), state.keys_required)
         };
         Ok(self.door.set_keys(&keys, required)?)
+    }
+
+    /// What people ask of rollouts; the director takes it, once.
+    pub(crate) fn take_asks(&self) -> Option<Asks> {
+        self.heard.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 
     pub(crate) fn set_keeper(&self, keeper: Keeper) {
@@ -213,6 +230,7 @@ impl Shared {
             warning: state.warning.clone(),
             slots,
             scaling: state.scaling.clone(),
+            rollouts: state.rollouts.clone(),
             gateway: self.snapshot(),
             restarts_ever: state.restarts_ever,
             notices: state.notices.iter().cloned().collect(),

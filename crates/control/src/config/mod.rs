@@ -17,6 +17,7 @@ use toml::de::DeTable;
 
 pub use report::{Problem, Problems};
 use section::{Placed, Section};
+pub use values::parse_duration;
 use values::{address, bytes, count, duration, flag, share, text, texts};
 
 /// A longer file is refused unread: it can't be meant.

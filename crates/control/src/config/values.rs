@@ -108,7 +108,8 @@ pub(super) fn duration(low: Duration, high: Duration) -> impl Fn(&DeValue<'_>) -
     }
 }
 
-fn parse_duration(text: &str) -> Option<Duration> {
+/// A time with its unit: `500ms`, `30s`, `5m`, `1h`; `None` where it is none.
+pub fn parse_duration(text: &str) -> Option<Duration> {
     let text = text.trim();
     let digits = text.find(|c: char| c.is_ascii_alphabetic())?;
     let (number, unit) = text.split_at(digits);

@@ -11,7 +11,7 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::Instant;
 
-use consort_api::{Fleet, ModelSnapshot, Numerics, VersionSnapshot};
+use consort_api::{Fleet, ModelSnapshot, Numerics, Shadow, VersionSnapshot};
 use tokio::sync::Notify;
 
 use crate::policy::affinity::Affinity;
@@ -55,6 +55,7 @@ pub(crate) struct Model {
     pub(crate) literal: String,
     pub(crate) versions: Vec<Version>,
     pub(crate) pending: Arc<Pending>,
+    pub(crate) shadow: Option<Shadow>,
 }
 
 /// One version of a model.
@@ -62,6 +63,8 @@ pub(crate) struct Version {
     pub(crate) name: String,
     pub(crate) weight: u32,
     pub(crate) numerics: Numerics,
+    /// What its replicas can't do, another version does.
+    pub(crate) on_trial: bool,
     pub(crate) replicas: Vec<Arc<Replica>>,
     pub(crate) stats: Arc<VersionStats>,
     pub(crate) affinity: Arc<Mutex<Affinity>>,
@@ -90,17 +93,11 @@ impl Model {
         let (queued, queued_tokens, oldest) = self.pending.waiting();
         let since =
             |at: Instant| u64::try_from(now.saturating_duration_since(at).as_millis()).unwrap_or(u64::MAX);
-        let version = |version: &Version| {
-            let (first_token, inter_token) = version.stats.wire(now);
-            VersionSnapshot {
-                name: version.name.clone(),
-                weight: version.weight,
-                requests: version.stats.requests.load(std::sync::atomic::Ordering::Relaxed),
-                errors: version.stats.errors.load(std::sync::atomic::Ordering::Relaxed),
-                first_token,
-                inter_token,
-                replicas: version.replicas.iter().map(|replica| replica.snapshot(now)).collect(),
-            }
+        let version = |version: &Version| VersionSnapshot {
+            name: version.name.clone(),
+            weight: version.weight,
+            replicas: version.replicas.iter().map(|replica| replica.snapshot(now)).collect(),
+            ..version.stats.snapshot(now)
         };
         ModelSnapshot {
             name: self.name.clone(),
@@ -171,6 +168,7 @@ impl Registry {
                     name: version.name.clone(),
                     weight: version.weight,
                     numerics: version.numerics,
+                    on_trial: version.on_trial,
                     replicas,
                 });
             }
@@ -180,6 +178,7 @@ impl Registry {
                 name: model.name.clone(),
                 literal: crate::proxy::chunk::literal(&model.name),
                 versions,
+                shadow: model.shadow.clone(),
             });
             for name in std::iter::once(&model.name).chain(&model.aliases) {
                 if models.by_name.insert(name.clone(), Arc::clone(&entry)).is_some() {

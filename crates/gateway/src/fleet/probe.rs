@@ -10,13 +10,12 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use consort_api::{ErrorBody, ModelList, ReadyReport};
-use http_body_util::{BodyExt as _, Full, Limited};
-use hyper::{Request, StatusCode};
+use hyper::StatusCode;
 use tokio::task::AbortHandle;
 
 use super::{Registry, Replica};
 use crate::policy::liveness::{Change, Probe};
-use crate::proxy::upstream::SendError;
+use crate::proxy::upstream::{self, SendError};
 use crate::settings::Live;
 
 /// Bytes of a probe's answer.
@@ -105,26 +104,5 @@ async fn learn(replica: &Replica, timeout: Duration) {
 }
 
 async fn get(replica: &Replica, path: &str, timeout: Duration) -> Result<(StatusCode, Bytes), SendError> {
-    let upstream = &replica.upstream;
-    let request = || {
-        let mut request = Request::new(Full::default());
-        *request.uri_mut() = path.parse().unwrap_or_default();
-        request
-    };
-    let mut connection = upstream.connect(timeout).await?;
-    let response = match upstream.send(&mut connection, request()).await {
-        Err(SendError::Broken { stale: true, .. }) => {
-            connection = upstream.connect_anew(timeout).await?;
-            upstream.send(&mut connection, request()).await?
-        }
-        sent => sent?,
-    };
-    let status = response.status();
-    match Limited::new(response.into_body(), MAX_BYTES).collect().await {
-        Ok(body) => {
-            upstream.put_back(connection);
-            Ok((status, body.to_bytes()))
-        }
-        Err(error) => Err(SendError::Connect(io::Error::other(error))),
-    }
+    upstream::ask(&replica.upstream, path, Bytes::new(), timeout, MAX_BYTES).await
 }

@@ -64,7 +64,9 @@ impl Front {
         // Who has no key is known by its address.
         let client = if name.is_empty() { context.peer.ip().to_string() } else { name.to_owned() };
         let shares = model.versions.iter().map(|version| (version.name.as_str(), version.weight));
-        let version = canary::choose(canary::mix(0, &client), shares).ok_or_else(|| {
+        // Without a key, one address may be many people: they are told apart by how their conversations begin.
+        let seed = if name.is_empty() && model.versions.len() > 1 { call.conversation() } else { 0 };
+        let version = canary::choose(canary::mix(seed, &client), shares).ok_or_else(|| {
             Refusal::unavailable(format!("no version of {:?} has a weight above 0", model.name))
         })?;
         if call.stream

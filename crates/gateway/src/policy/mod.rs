@@ -12,3 +12,4 @@ pub(crate) mod idempotency;
 pub(crate) mod limits;
 pub(crate) mod liveness;
 pub(crate) mod outlier;
+pub(crate) mod shadow;

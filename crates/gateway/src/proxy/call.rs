@@ -202,6 +202,31 @@ impl Call {
         &self.body[self.prompt.clone()]
     }
 
+    /// A hash of how the conversation begins, up to its first message from a user: the same for each of its requests.
+    pub(crate) fn conversation(&self) -> u64 {
+        let text = std::str::from_utf8(self.prompt_text()).unwrap_or_default();
+        let mut end = text.len();
+        if self.shape == Shape::Chat
+            && let Ok(mut messages) = List::within(text, 0..text.len())
+        {
+            while let Ok(Some(message)) = messages.next() {
+                let mut object = match Object::within(text, message.clone()) {
+                    Ok(object) => object,
+                    Err(_) => break,
+                };
+                let mut user = false;
+                while let Ok(Some(member)) = object.next() {
+                    user |= member.key == "role" && &text[member.value] == "\"user\"";
+                }
+                if user {
+                    end = message.end;
+                    break;
+                }
+            }
+        }
+        crate::policy::canary::mix(1, &text[..end])
+    }
+
     /// Tokens of the prompt, about.
     pub(crate) fn prompt_tokens(&self) -> u64 {
         (self.prompt.len() / BYTES_PER_TOKEN) as u64

@@ -7,6 +7,7 @@ mod held;
 mod progress;
 mod recording;
 mod session;
+mod shadow;
 mod sse;
 mod stream;
 pub(crate) mod upstream;

@@ -17,8 +17,8 @@ use super::attempt::{Attempt, Failure, Foreign, Question, Refused, Reply};
 use super::call::Call;
 use super::chunk::Chunk;
 use super::progress::{News, Progress};
-use super::random;
 use super::sse::Event as Sse;
+use super::{random, shadow};
 use crate::Gateway;
 use crate::error::Refusal;
 use crate::fleet::{self, Model, Replica, Running, Version, Went};
@@ -150,10 +150,13 @@ impl Session {
     }
 
     fn note_place(&self) {
-        let version = self.version();
+        // The version that it began with; an answer never changes to another.
+        let _ = self.tally.place.set(self.place_of(self.version()));
+    }
+
+    fn place_of(&self, version: &Version) -> Place {
         let (model, stats) = (self.model.name.clone(), version.stats.clone());
-        // The version that it began with; it never changes to another.
-        let _ = self.tally.place.set(Place { model, version: version.name.clone(), stats });
+        Place { model, version: version.name.clone(), stats }
     }
 
     /// Whose it is.
@@ -296,6 +299,9 @@ impl Session {
                     if let Some(mut attempt) = self.attempt.take() {
                         attempt.ticket.replica.went(Instant::now(), Went::Well, true);
                         attempt.ticket.settled = true;
+                        let (call, said) = (&self.call, self.progress.emitted().next().unwrap_or_default());
+                        let replica = &attempt.ticket.replica;
+                        shadow::consider(&self.gateway, &self.model, self.version, call, said, replica);
                         attempt.finish().await;
                     }
                     self.running = None;
@@ -480,6 +486,12 @@ impl Session {
             request_id = self.request_id(),
             "a replica failed a request"
         );
+        let full = matches!(went, Went::Full(_));
+        if !full && self.leave_version() {
+            self.tally.retries.fetch_add(1, Ordering::Relaxed);
+            self.gateway.telemetry.count(Event::Retry);
+            return Ok(None);
+        }
         self.failed.push(replica.id.clone());
         if let Failure::NotNow(refused) | Failure::Error(refused) = failure {
             self.last_refusal = Some(refused);
@@ -523,10 +535,6 @@ impl Session {
         loop {
             let room = self.gateway.registry.room.clone();
             let room = room.notified();
-            // Replicas are started anew under new ids: by the time one is lost, the fleet may be another.
-            if !fresh {
-                self.follow_fleet();
-            }
             let turn = place.as_ref().is_none_or(fleet::Place::is_head);
             if turn && let Some(replica) = self.pick() {
                 if let Some(place) = place {
@@ -548,7 +556,13 @@ impl Session {
             if place.as_ref().is_some_and(fleet::Place::evicted) {
                 return Err(full(&self.model.name));
             }
-            if fresh && self.follow_fleet() {
+            // Replicas are started anew under new ids; the fleet may be another by now.
+            if self.follow_fleet() {
+                continue;
+            }
+            if !self.version().replicas.iter().any(|replica| replica.is_up(Instant::now()))
+                && self.leave_version()
+            {
                 continue;
             }
             let now = Instant::now();
@@ -584,10 +598,34 @@ impl Session {
             return false;
         };
         let name = &self.version().name;
-        // An answer stays with its version: another one is another model.
-        let Some(version) = model.versions.iter().position(|v| v.name == *name) else { return false };
+        let same = model.versions.iter().position(|v| v.name == *name);
+        // An answer stays with its version: another one is another model. What hasn't begun may go to any.
+        let heaviest = || (0..model.versions.len()).max_by_key(|i| model.versions[*i].weight);
+        let Some(version) = same.or_else(|| heaviest().filter(|_| !self.progress.begun())) else {
+            return false;
+        };
         self.version = version;
         self.model = Arc::clone(model);
+        true
+    }
+
+    /// Gives a request that hasn't begun to another version, where its own is on trial and there is one; whether it did.
+    fn leave_version(&mut self) -> bool {
+        if self.progress.begun() || !self.version().on_trial {
+            return false;
+        }
+        let others =
+            self.model.versions.iter().enumerate().filter(|(_, v)| !v.on_trial && !v.replicas.is_empty());
+        let Some((other, place)) = others.max_by_key(|(_, v)| v.weight) else { return false };
+        let place = self.place_of(place);
+        let left = self.version();
+        self.gateway.telemetry.diverted(&self.model.name, &left.name, &left.stats);
+        let _ = self.tally.diverted.set(place);
+        self.version = other;
+        self.failed.clear();
+        self.last_refusal = None;
+        // Another version's prefix cache holds other keys and values.
+        self.beginnings.clear();
         true
     }
 

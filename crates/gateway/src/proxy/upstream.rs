@@ -9,11 +9,11 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use http_body_util::Full;
+use http_body_util::{BodyExt as _, Full, Limited};
 use hyper::body::Incoming;
 use hyper::client::conn::http1::{self, SendRequest};
-use hyper::header::HeaderValue;
-use hyper::{Request, Response, Uri};
+use hyper::header::{CONTENT_TYPE, HeaderValue};
+use hyper::{Method, Request, Response, StatusCode, Uri};
 use hyper_util::rt::TokioIo;
 use tokio::net::TcpStream;
 use tokio::task::JoinHandle;
@@ -186,6 +186,46 @@ impl Upstream {
     pub(crate) fn forget(&self) {
         self.idle().clear();
     }
+}
+
+/// Asks a replica something small: GET, or POST where there is a body. At most `most` bytes of the reply are read, and
+/// all of it is there within `timeout`.
+pub(crate) async fn ask(
+    upstream: &Upstream,
+    path: &str,
+    body: Bytes,
+    timeout: Duration,
+    most: usize,
+) -> Result<(StatusCode, Bytes), SendError> {
+    let asking = async {
+        let request = || {
+            let mut request = Request::new(Full::new(body.clone()));
+            *request.uri_mut() = path.parse().unwrap_or_default();
+            if !body.is_empty() {
+                *request.method_mut() = Method::POST;
+                request.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
+            }
+            request
+        };
+        let mut connection = upstream.connect(timeout).await?;
+        let response = match upstream.send(&mut connection, request()).await {
+            Err(SendError::Broken { stale: true, .. }) => {
+                connection = upstream.connect_anew(timeout).await?;
+                upstream.send(&mut connection, request()).await?
+            }
+            sent => sent?,
+        };
+        let status = response.status();
+        match Limited::new(response.into_body(), most).collect().await {
+            Ok(body) => {
+                upstream.put_back(connection);
+                Ok((status, body.to_bytes()))
+            }
+            Err(error) => Err(SendError::Connect(io::Error::other(error))),
+        }
+    };
+    let late = || SendError::Connect(io::Error::new(io::ErrorKind::TimedOut, "no reply in time"));
+    tokio::time::timeout(timeout, asking).await.unwrap_or_else(|_| Err(late()))
 }
 
 #[cfg(test)]
