@@ -71,6 +71,13 @@ impl<T: Number> Buffer<T> {
     }
 }
 
+impl<T: Number> Default for Buffer<T> {
+    /// No values, no memory.
+    fn default() -> Buffer<T> {
+        Buffer { start: NonNull::dangling(), len: 0, _region: None }
+    }
+}
+
 impl<T: Number> Deref for Buffer<T> {
     type Target = [T];
 

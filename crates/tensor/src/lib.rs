@@ -23,6 +23,7 @@ pub mod pool;
 pub mod quant;
 pub mod reduce;
 pub mod rope;
+pub mod train;
 
 mod error;
 mod lanes;

@@ -36,23 +36,64 @@ impl Rope {
     /// # Panics
     /// If `x` has another length or a head is shorter than `rotary_dim`.
     pub fn apply(&self, pool: &Pool, x: &mut [f32], heads: usize, head_dim: usize, positions: &[u32]) {
+        self.turn(pool, x, (heads * head_dim, heads, head_dim), positions, false);
+    }
+
+    /// As [`Rope::apply`], for rows that begin every `stride` values with the heads to rotate.
+    ///
+    /// # Panics
+    /// If `x` is not one row a position, or the heads are longer than a row.
+    pub fn apply_rows(
+        &self,
+        pool: &Pool,
+        x: &mut [f32],
+        (stride, heads, head_dim): (usize, usize, usize),
+        positions: &[u32],
+    ) {
+        self.turn(pool, x, (stride, heads, head_dim), positions, false);
+    }
+
+    /// The gradient of what went into [`Rope::apply_rows`] from that of what came out, in place: the rotation back.
+    ///
+    /// # Panics
+    /// As [`Rope::apply_rows`].
+    pub fn apply_rows_backward(
+        &self,
+        pool: &Pool,
+        x: &mut [f32],
+        (stride, heads, head_dim): (usize, usize, usize),
+        positions: &[u32],
+    ) {
+        self.turn(pool, x, (stride, heads, head_dim), positions, true);
+    }
+
+    fn turn(
+        &self,
+        pool: &Pool,
+        x: &mut [f32],
+        (stride, heads, head_dim): (usize, usize, usize),
+        positions: &[u32],
+        back: bool,
+    ) {
         let pairs = self.inverse_frequencies.len();
-        assert_eq!(x.len(), positions.len() * heads * head_dim, "one position a row");
+        assert_eq!(x.len(), positions.len() * stride, "one position a row");
+        assert!(heads * head_dim <= stride, "{heads} heads of {head_dim} don't fit a row of {stride}");
         assert!(2 * pairs <= head_dim, "{pairs} pairs don't fit a head of {head_dim}");
         if pairs == 0 || x.is_empty() {
             return;
         }
         let table = self.table_for(positions);
-        each_row(pool, x, heads * head_dim, |rows, x| {
+        each_row(pool, x, stride, |rows, x| {
             let mut computed = Vec::new();
-            for (row, &position) in x.chunks_exact_mut(heads * head_dim).zip(&positions[rows]) {
+            for (row, &position) in x.chunks_exact_mut(stride).zip(&positions[rows]) {
+                let row = &mut row[..heads * head_dim];
                 let start = position as usize * 2 * pairs;
                 let angles = table.get(start..start + 2 * pairs).unwrap_or_else(|| {
                     computed.resize(2 * pairs, 0.0);
                     self.angles(position as usize, &mut computed);
                     &computed
                 });
-                lanes::dispatch(pool.cpu(), Rotate { row, head_dim, angles });
+                lanes::dispatch(pool.cpu(), Rotate { row, head_dim, angles, back });
             }
         });
     }
@@ -91,6 +132,8 @@ struct Rotate<'a> {
     row: &'a mut [f32],
     head_dim: usize,
     angles: &'a [f32],
+    /// By the negative angle.
+    back: bool,
 }
 
 impl Kernel for Rotate<'_> {
@@ -107,6 +150,7 @@ impl Kernel for Rotate<'_> {
                 let n = a.len();
                 let (x, y) = (l.load_first(a, n), l.load_first(b, n));
                 let (cos, sin) = (l.load_first(cos, n), l.load_first(sin, n));
+                let sin = if self.back { l.sub(l.splat(0.0), sin) } else { sin };
                 l.store_first(l.sub(l.mul(x, cos), l.mul(y, sin)), a, n);
                 l.store_first(l.fma(y, cos, l.mul(x, sin)), b, n);
             }

@@ -51,8 +51,21 @@ fn and(a: __m256, bits: __m256i) -> __m256i {
     _mm256_and_si256(_mm256_castps_si256(a), bits)
 }
 
+/// Eight lanes of [`Lanes::dot_pairs`].
+#[inline(always)]
+fn dot_half(_proof: Avx2, a: __m256i, b: __m256i, sum: __m256) -> __m256 {
+    // SAFETY: the token proves the instructions; registers only.
+    unsafe {
+        let upper = _mm256_set1_epi32(0xFFFF_0000_u32 as i32);
+        let odd = |x| _mm256_castsi256_ps(_mm256_and_si256(x, upper));
+        let even = |x| _mm256_castsi256_ps(_mm256_slli_epi32::<16>(x));
+        _mm256_fmadd_ps(even(a), even(b), _mm256_fmadd_ps(odd(a), odd(b), sum))
+    }
+}
+
 impl Lanes for Avx2 {
     type V = Pair;
+    type Pairs = (__m256i, __m256i);
 
     const WIDE: bool = false;
 
@@ -135,6 +148,7 @@ impl Lanes for Avx2 {
         mul(a, b) = _mm256_mul_ps(a, b);
         div(a, b) = _mm256_div_ps(a, b);
         fma(a, b, c) = _mm256_fmadd_ps(a, b, c);
+        sqrt(a) = _mm256_sqrt_ps(a);
         max(a, b) = _mm256_max_ps(a, b);
         min(a, b) = _mm256_min_ps(a, b);
         round(a) = _mm256_round_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(a);
@@ -170,6 +184,23 @@ impl Lanes for Avx2 {
             let bytes = _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256::<1>(words));
             _mm_storeu_si128(out.as_mut_ptr().cast(), bytes);
         }
+    }
+
+    #[inline(always)]
+    unsafe fn load_pairs_at(self, x: *const u32) -> Self::Pairs {
+        // SAFETY: `self` proves the instructions; the caller promises the words.
+        unsafe { (_mm256_loadu_si256(x.cast()), _mm256_loadu_si256(x.add(8).cast())) }
+    }
+
+    #[inline(always)]
+    fn splat_pair(self, x: u32) -> Self::Pairs {
+        // SAFETY: `self` proves the instructions.
+        unsafe { (_mm256_set1_epi32(x as i32), _mm256_set1_epi32(x as i32)) }
+    }
+
+    #[inline(always)]
+    fn dot_pairs(self, a: Self::Pairs, b: Self::Pairs, sum: Pair) -> Pair {
+        (dot_half(self, a.0, b.0, sum.0), dot_half(self, a.1, b.1, sum.1))
     }
 
     #[inline(always)]

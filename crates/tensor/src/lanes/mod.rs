@@ -25,6 +25,9 @@ pub(crate) trait Lanes: Copy {
     /// The vector.
     type V: Copy;
 
+    /// Sixteen pairs of bf16 numbers: the even one of a pair in the lower half of 32 bits.
+    type Pairs: Copy;
+
     /// There are 32 registers of a whole vector each, so kernels keep large tiles in them.
     const WIDE: bool;
 
@@ -58,6 +61,8 @@ pub(crate) trait Lanes: Copy {
     fn div(self, a: Self::V, b: Self::V) -> Self::V;
     /// `a · b + c`, rounded once.
     fn fma(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V;
+    /// The square root.
+    fn sqrt(self, a: Self::V) -> Self::V;
     /// The larger; `b` where either is NaN.
     fn max(self, a: Self::V, b: Self::V) -> Self::V;
     /// The smaller; `b` where either is NaN.
@@ -76,6 +81,52 @@ pub(crate) trait Lanes: Copy {
     fn store_bytes(self, a: Self::V, out: &mut [i8]);
     /// The lanes as an array.
     fn array(self, a: Self::V) -> [f32; LANES];
+
+    /// Sixteen pairs, for inner loops that have checked their bounds.
+    ///
+    /// # Safety
+    /// [`LANES`] words can be read at `x`.
+    unsafe fn load_pairs_at(self, x: *const u32) -> Self::Pairs;
+    /// One pair in all lanes.
+    fn splat_pair(self, x: u32) -> Self::Pairs;
+    /// `sum + a.odd · b.odd`, then `+ a.even · b.even`, each rounded once. AVX-512 may round the two together and
+    /// takes subnormal numbers for 0: its own numerics.
+    fn dot_pairs(self, a: Self::Pairs, b: Self::Pairs, sum: Self::V) -> Self::V;
+    /// `2 · LANES` consecutive values as pairs of neighbours, rounded to nearest even, subnormal ones to 0.
+    ///
+    /// # Safety
+    /// As many values can be read at `x`, and [`LANES`] words written at `out`.
+    #[inline(always)]
+    unsafe fn round_neighbours_at(self, x: *const f32, out: *mut u32) {
+        for lane in 0..LANES {
+            // SAFETY: the caller's promise.
+            unsafe { out.add(lane).write(bf16_pair(*x.add(2 * lane), *x.add(2 * lane + 1))) };
+        }
+    }
+    /// Pairs of one value of `even` and one of `odd`, rounded likewise.
+    ///
+    /// # Safety
+    /// [`LANES`] values can be read at each, and as many words written at `out`.
+    #[inline(always)]
+    unsafe fn round_rows_at(self, even: *const f32, odd: *const f32, out: *mut u32) {
+        for lane in 0..LANES {
+            // SAFETY: the caller's promise.
+            unsafe { out.add(lane).write(bf16_pair(*even.add(lane), *odd.add(lane))) };
+        }
+    }
+    /// Turns a square of `LANES × LANES` words: row *i* at `x + i · stride` becomes column *i* of `out`.
+    ///
+    /// # Safety
+    /// The square can be read at `x` and written at `out`, with these strides.
+    #[inline(always)]
+    unsafe fn transpose_at(self, x: *const u32, stride: usize, out: *mut u32, out_stride: usize) {
+        for row in 0..LANES {
+            for col in 0..LANES {
+                // SAFETY: the caller's promise.
+                unsafe { out.add(col * out_stride + row).write(*x.add(row * stride + col)) };
+            }
+        }
+    }
 
     /// Lane 0 + lane 8, 1 + 9, …; then the same with halves of the halves: one fixed tree.
     #[inline(always)]
@@ -160,6 +211,26 @@ pub(crate) trait Lanes: Copy {
     }
 }
 
+/// Two values as bf16 in one word, the first in the lower half: to nearest even, subnormal values to 0, NaN to NaN.
+#[inline(always)]
+pub(crate) fn bf16_pair(even: f32, odd: f32) -> u32 {
+    bf16_bits(even) | bf16_bits(odd) << 16
+}
+
+#[inline(always)]
+fn bf16_bits(x: f32) -> u32 {
+    let bits = x.to_bits();
+    let magnitude = bits & 0x7FFF_FFFF;
+    let rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
+    if magnitude > 0x7F80_0000 {
+        bits >> 16 | 0x40
+    } else if magnitude < 0x0080_0000 {
+        bits >> 16 & 0x8000
+    } else {
+        rounded
+    }
+}
+
 /// A kernel that [`dispatch`] instantiates for a family. `call` must be `#[inline(always)]`, and so must all that
 /// it calls with the token, or the family's instructions are not used inside.
 pub(crate) trait Kernel {
@@ -221,6 +292,7 @@ mod tests {
                 l.mul(a, b),
                 l.div(a, b),
                 l.fma(a, b, c),
+                l.sqrt(a),
                 l.max(a, b),
                 l.min(a, b),
                 l.round(a),

@@ -15,6 +15,7 @@ fn zip(a: [f32; LANES], b: [f32; LANES], f: impl Fn(f32, f32) -> f32) -> [f32; L
 
 impl Lanes for Scalar {
     type V = [f32; LANES];
+    type Pairs = [u32; LANES];
 
     const WIDE: bool = false;
 
@@ -96,6 +97,11 @@ impl Lanes for Scalar {
     }
 
     #[inline(always)]
+    fn sqrt(self, a: Self::V) -> Self::V {
+        a.map(f32::sqrt)
+    }
+
+    #[inline(always)]
     fn max(self, a: Self::V, b: Self::V) -> Self::V {
         zip(a, b, |a, b| if a > b { a } else { b })
     }
@@ -141,6 +147,24 @@ impl Lanes for Scalar {
         for (out, a) in out[..LANES].iter_mut().zip(a) {
             *out = a as i8;
         }
+    }
+
+    #[inline(always)]
+    unsafe fn load_pairs_at(self, x: *const u32) -> [u32; LANES] {
+        // SAFETY: the caller's promise.
+        unsafe { x.cast::<[u32; LANES]>().read_unaligned() }
+    }
+
+    #[inline(always)]
+    fn splat_pair(self, x: u32) -> [u32; LANES] {
+        [x; LANES]
+    }
+
+    #[inline(always)]
+    fn dot_pairs(self, a: [u32; LANES], b: [u32; LANES], sum: Self::V) -> Self::V {
+        let odd = |x: u32| f32::from_bits(x & 0xFFFF_0000);
+        let even = |x: u32| f32::from_bits(x << 16);
+        std::array::from_fn(|i| even(a[i]).mul_add(even(b[i]), odd(a[i]).mul_add(odd(b[i]), sum[i])))
     }
 
     #[inline(always)]

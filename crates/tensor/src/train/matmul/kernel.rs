@@ -1,0 +1,220 @@
+//! The tile of sums that stays in registers, once for `f32` and once for pairs of bf16.
+//!
+//! A step of the inner dimension loads two vectors of `B` and twelve words of `A`, and does twenty-four
+//! multiply-adds. With 32 registers all 24 sums stay in them; families with fewer registers take the tile in quarters of
+//! six rows by one vector, in the same order.
+
+use super::pack::{PackedA, PackedB};
+use super::{TILE_COLS, TILE_ROWS};
+use crate::lanes::{LANES, Lanes};
+
+/// How packed words are multiplied.
+pub(crate) trait Multiply: Copy {
+    /// Values of the inner dimension in a word.
+    const VALUES: usize;
+    /// Sixteen words.
+    type B<L: Lanes>: Copy;
+
+    /// # Safety
+    /// [`LANES`] words can be read at `x`.
+    unsafe fn load<L: Lanes>(l: L, x: *const u32) -> Self::B<L>;
+    fn splat<L: Lanes>(l: L, x: u32) -> Self::B<L>;
+    fn multiply_add<L: Lanes>(l: L, a: Self::B<L>, b: Self::B<L>, sum: L::V) -> L::V;
+}
+
+/// A word is an `f32`.
+#[derive(Clone, Copy)]
+pub(crate) struct F32;
+
+impl Multiply for F32 {
+    const VALUES: usize = 1;
+    type B<L: Lanes> = L::V;
+
+    #[inline(always)]
+    unsafe fn load<L: Lanes>(l: L, x: *const u32) -> L::V {
+        // SAFETY: the caller's promise.
+        unsafe { l.load_at(x.cast()) }
+    }
+
+    #[inline(always)]
+    fn splat<L: Lanes>(l: L, x: u32) -> L::V {
+        l.splat(f32::from_bits(x))
+    }
+
+    #[inline(always)]
+    fn multiply_add<L: Lanes>(l: L, a: L::V, b: L::V, sum: L::V) -> L::V {
+        l.fma(a, b, sum)
+    }
+}
+
+/// A word is a pair of bf16.
+#[derive(Clone, Copy)]
+pub(crate) struct Bf16;
+
+impl Multiply for Bf16 {
+    const VALUES: usize = 2;
+    type B<L: Lanes> = L::Pairs;
+
+    #[inline(always)]
+    unsafe fn load<L: Lanes>(l: L, x: *const u32) -> L::Pairs {
+        // SAFETY: the caller's promise.
+        unsafe { l.load_pairs_at(x) }
+    }
+
+    #[inline(always)]
+    fn splat<L: Lanes>(l: L, x: u32) -> L::Pairs {
+        l.splat_pair(x)
+    }
+
+    #[inline(always)]
+    fn multiply_add<L: Lanes>(l: L, a: L::Pairs, b: L::Pairs, sum: L::V) -> L::V {
+        l.dot_pairs(a, b, sum)
+    }
+}
+
+/// Adds the product of the packed blocks to `out` (or to 0), whose rows lie at a stride: its first `cols` columns, over
+/// the steps that `a` has.
+///
+/// # Safety
+/// `a.rows` rows of `cols` values can be read and written at `out`.
+#[inline(always)]
+pub(crate) unsafe fn multiply<L: Lanes, M: Multiply>(
+    l: L,
+    a: &PackedA,
+    (b, cols): (&PackedB, usize),
+    (out, stride): (*mut f32, usize),
+    add: bool,
+) {
+    assert!(
+        a.steps <= b.steps && cols <= b.cols,
+        "the left side reaches past what is packed of the right one"
+    );
+    for row in (0..a.rows).step_by(TILE_ROWS) {
+        let rows = TILE_ROWS.min(a.rows - row);
+        let left = a.panel(row / TILE_ROWS);
+        for col in (0..cols).step_by(TILE_COLS) {
+            let cols = TILE_COLS.min(cols - col);
+            let right = b.panel(col / TILE_COLS);
+            // SAFETY: panels hold `steps` steps; the tile's rows and columns are inside `out` by the caller's promise.
+            unsafe {
+                let out = out.add(row * stride + col);
+                if rows == TILE_ROWS && cols == TILE_COLS {
+                    whole::<L, M>(l, a, left, right, (out, stride), add);
+                } else {
+                    let mut tile = [0.0f32; TILE_ROWS * TILE_COLS];
+                    if add {
+                        for r in 0..rows {
+                            let from = out.add(r * stride);
+                            std::ptr::copy_nonoverlapping(from, tile[r * TILE_COLS..].as_mut_ptr(), cols);
+                        }
+                    }
+                    whole::<L, M>(l, a, left, right, (tile.as_mut_ptr(), TILE_COLS), add);
+                    for r in 0..rows {
+                        let to = out.add(r * stride);
+                        std::ptr::copy_nonoverlapping(tile[r * TILE_COLS..].as_ptr(), to, cols);
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// A whole tile, in as many pieces as the family's registers ask for.
+///
+/// # Safety
+/// Panels of `a.steps` steps; a whole tile at `out`.
+#[inline(always)]
+unsafe fn whole<L: Lanes, M: Multiply>(
+    l: L,
+    a: &PackedA,
+    left: *const u32,
+    right: *const u32,
+    (out, stride): (*mut f32, usize),
+    add: bool,
+) {
+    const HALF: usize = TILE_ROWS / 2;
+    // SAFETY: the caller's promise; pieces are inside the tile, and rows of a panel lie as its layout says.
+    unsafe {
+        match (a.by_rows, L::WIDE) {
+            (true, true) => {
+                tile::<L, M, TILE_ROWS, 2, { PackedA::ROW }, 1>(l, a.steps, left, right, out, stride, add)
+            }
+            (false, true) => {
+                tile::<L, M, TILE_ROWS, 2, 1, TILE_ROWS>(l, a.steps, left, right, out, stride, add)
+            }
+            (by_rows, false) => {
+                for piece in 0..4 {
+                    let (row, col) = (piece / 2 * HALF, piece % 2 * LANES);
+                    let (right, out) = (right.add(col), out.add(row * stride + col));
+                    if by_rows {
+                        let left = left.add(row * PackedA::ROW);
+                        tile::<L, M, HALF, 1, { PackedA::ROW }, 1>(l, a.steps, left, right, out, stride, add);
+                    } else {
+                        tile::<L, M, HALF, 1, 1, TILE_ROWS>(
+                            l,
+                            a.steps,
+                            left.add(row),
+                            right,
+                            out,
+                            stride,
+                            add,
+                        );
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// `ROWS` by `VECTORS · LANES` sums. A word of `A` is at `row · ROW + step · STEP`.
+///
+/// # Safety
+/// As [`whole`], for this piece.
+#[inline(always)]
+#[allow(clippy::too_many_arguments, clippy::needless_range_loop, reason = "registers, addressed by number")]
+unsafe fn tile<
+    L: Lanes,
+    M: Multiply,
+    const ROWS: usize,
+    const VECTORS: usize,
+    const ROW: usize,
+    const STEP: usize,
+>(
+    l: L,
+    steps: usize,
+    left: *const u32,
+    right: *const u32,
+    out: *mut f32,
+    stride: usize,
+    add: bool,
+) {
+    // SAFETY: every address is inside a panel or the tile by the caller's promise.
+    unsafe {
+        let mut sums = [[l.splat(0.0); VECTORS]; ROWS];
+        if add {
+            for row in 0..ROWS {
+                for v in 0..VECTORS {
+                    sums[row][v] = l.load_at(out.add(row * stride + v * LANES));
+                }
+            }
+        }
+        for step in 0..steps {
+            let mut b = [M::splat(l, 0); VECTORS];
+            for v in 0..VECTORS {
+                b[v] = M::load(l, right.add(step * TILE_COLS + v * LANES));
+            }
+            for row in 0..ROWS {
+                let a = M::splat(l, *left.add(row * ROW + step * STEP));
+                for v in 0..VECTORS {
+                    sums[row][v] = M::multiply_add(l, a, b[v], sums[row][v]);
+                }
+            }
+        }
+        for row in 0..ROWS {
+            for v in 0..VECTORS {
+                let to = std::slice::from_raw_parts_mut(out.add(row * stride + v * LANES), LANES);
+                l.store(sums[row][v], to);
+            }
+        }
+    }
+}

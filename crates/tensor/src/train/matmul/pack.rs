@@ -1,0 +1,249 @@
+//! Copies of blocks of a matrix in the order in which the kernel reads them, rounded if asked.
+//!
+//! A panel of `B` has, step by step, the words of its 32 columns. A panel of `A` has twelve rows: one after the other
+//! where the rows lie in memory as they are (a plain copy), or step by step where the matrix comes turned (again
+//! pieces of memory rows). So only a turned `B` has to be turned in the copy, in squares of sixteen.
+//!
+//! Rows and columns past the matrix are 0 in the panel; steps past it are 0 in the last pair.
+
+use super::kernel::Multiply;
+use super::{BLOCK_STEPS, TILE_COLS, TILE_ROWS, View};
+use crate::buffer::Buffer;
+use crate::lanes::{LANES, Lanes, bf16_pair};
+
+/// A piece of the inner dimension, in values.
+#[derive(Clone, Copy)]
+pub(crate) struct Steps {
+    pub(crate) from: usize,
+    pub(crate) len: usize,
+}
+
+/// Packed rows of the left side.
+#[derive(Default)]
+pub(crate) struct PackedA {
+    words: Buffer<u32>,
+    pub(super) rows: usize,
+    /// Words of the inner dimension.
+    pub(super) steps: usize,
+    pub(super) by_rows: bool,
+}
+
+/// Packed columns of the right side.
+#[derive(Default)]
+pub(crate) struct PackedB {
+    words: Buffer<u32>,
+    pub(super) cols: usize,
+    pub(super) steps: usize,
+}
+
+/// At least `len` words.
+///
+/// # Panics
+/// If the system has no memory for a few hundred kilobytes.
+fn grown(words: &mut Buffer<u32>, len: usize) {
+    if words.len() < len {
+        #[allow(clippy::expect_used, reason = "as any allocation of this length")]
+        let larger = Buffer::zeroed(len).expect("memory for a packed block");
+        *words = larger;
+    }
+}
+
+/// The word of two neighbouring steps, or of one; steps past `end` are 0.
+#[inline(always)]
+fn word<M: Multiply>(at: impl Fn(usize) -> f32, step: usize, end: usize) -> u32 {
+    let value = |step: usize| if step < end { at(step) } else { 0.0 };
+    if M::VALUES == 1 { value(step).to_bits() } else { bf16_pair(value(step), value(step + 1)) }
+}
+
+impl PackedA {
+    /// Words from one row of a panel to the next, where they lie one after the other. Not a power of two, so that the
+    /// rows don't all fall into the same set of the cache.
+    pub(super) const ROW: usize = BLOCK_STEPS + LANES;
+
+    pub(super) fn panel(&self, index: usize) -> *const u32 {
+        self.words[index * TILE_ROWS * PackedA::ROW..][..TILE_ROWS * PackedA::ROW].as_ptr()
+    }
+
+    /// Packs `rows` (first and count) of `a`, whose extent the caller has checked.
+    #[inline(always)]
+    pub(crate) fn pack<L: Lanes, M: Multiply>(
+        &mut self,
+        l: L,
+        a: View<'_>,
+        (first, count): (usize, usize),
+        steps: Steps,
+    ) {
+        assert!(steps.len <= BLOCK_STEPS * M::VALUES);
+        self.rows = count;
+        self.steps = steps.len.div_ceil(M::VALUES);
+        self.by_rows = !a.turned;
+        let panels = count.div_ceil(TILE_ROWS);
+        grown(&mut self.words, panels * TILE_ROWS * PackedA::ROW);
+        let end = steps.from + steps.len;
+        if self.by_rows {
+            for row in 0..panels * TILE_ROWS {
+                let out = &mut self.words[row * PackedA::ROW..][..self.steps];
+                if row >= count {
+                    out.fill(0);
+                    continue;
+                }
+                let from = (first + row) * a.stride + steps.from;
+                pack_row::<L, M>(l, &a.values[from..from + steps.len], out);
+            }
+            return;
+        }
+        for panel in 0..panels {
+            let row = first + panel * TILE_ROWS;
+            let rows = TILE_ROWS.min(first + count - row);
+            let out = &mut self.words[panel * TILE_ROWS * PackedA::ROW..][..self.steps * TILE_ROWS];
+            for (index, out) in out.chunks_exact_mut(TILE_ROWS).enumerate() {
+                let step = steps.from + index * M::VALUES;
+                let even = &a.values[step * a.stride + row..][..rows];
+                if M::VALUES == 1 {
+                    for (out, x) in out.iter_mut().zip(even) {
+                        *out = x.to_bits();
+                    }
+                } else if step + 1 < end {
+                    let odd = &a.values[(step + 1) * a.stride + row..][..rows];
+                    for (out, (&even, &odd)) in out.iter_mut().zip(even.iter().zip(odd)) {
+                        *out = bf16_pair(even, odd);
+                    }
+                } else {
+                    for (out, &even) in out.iter_mut().zip(even) {
+                        *out = bf16_pair(even, 0.0);
+                    }
+                }
+                out[rows..].fill(0);
+            }
+        }
+    }
+}
+
+/// One row of neighbouring steps.
+#[inline(always)]
+fn pack_row<L: Lanes, M: Multiply>(l: L, row: &[f32], out: &mut [u32]) {
+    if M::VALUES == 1 {
+        for (out, x) in out.iter_mut().zip(row) {
+            *out = x.to_bits();
+        }
+        return;
+    }
+    let whole = row.len() / (2 * LANES);
+    for index in 0..whole {
+        let (x, out) = (&row[index * 2 * LANES..][..2 * LANES], &mut out[index * LANES..][..LANES]);
+        // SAFETY: both are as long as it takes.
+        unsafe { l.round_neighbours_at(x.as_ptr(), out.as_mut_ptr()) };
+    }
+    for (index, out) in out.iter_mut().enumerate().skip(whole * LANES) {
+        *out = word::<M>(|step| row[step], index * 2, row.len());
+    }
+}
+
+impl PackedB {
+    pub(super) fn panel(&self, index: usize) -> *const u32 {
+        self.words[index * self.steps * TILE_COLS..][..self.steps * TILE_COLS].as_ptr()
+    }
+
+    /// Packs `cols` (first and count) of `b`, whose extent the caller has checked.
+    #[inline(always)]
+    pub(crate) fn pack<L: Lanes, M: Multiply>(
+        &mut self,
+        l: L,
+        b: View<'_>,
+        steps: Steps,
+        (first, count): (usize, usize),
+    ) {
+        assert!(steps.len <= BLOCK_STEPS * M::VALUES);
+        self.cols = count;
+        self.steps = steps.len.div_ceil(M::VALUES);
+        let panels = count.div_ceil(TILE_COLS);
+        grown(&mut self.words, panels * self.steps * TILE_COLS);
+        if b.turned {
+            self.pack_turned::<L, M>(l, b, steps, first);
+        } else {
+            self.pack_plain::<L, M>(l, b, steps, first);
+        }
+    }
+
+    /// Memory rows are steps.
+    #[inline(always)]
+    fn pack_plain<L: Lanes, M: Multiply>(&mut self, l: L, b: View<'_>, steps: Steps, first: usize) {
+        let panel_words = self.steps * TILE_COLS;
+        for index in 0..self.steps {
+            let step = steps.from + index * M::VALUES;
+            let even = &b.values[step * b.stride + first..][..self.cols];
+            let odd = (M::VALUES == 2 && index * 2 + 1 < steps.len)
+                .then(|| &b.values[(step + 1) * b.stride + first..][..self.cols]);
+            for col in (0..self.cols).step_by(LANES) {
+                let at = col / TILE_COLS * panel_words + index * TILE_COLS + col % TILE_COLS;
+                let out = &mut self.words[at..at + LANES];
+                let n = LANES.min(self.cols - col);
+                if n < LANES || (M::VALUES == 2 && odd.is_none()) {
+                    for (lane, out) in out.iter_mut().enumerate() {
+                        let x = |row: &[f32]| if lane < n { row[col + lane] } else { 0.0 };
+                        *out = if M::VALUES == 1 {
+                            x(even).to_bits()
+                        } else {
+                            bf16_pair(x(even), odd.map_or(0.0, x))
+                        };
+                    }
+                } else if let Some(odd) = odd {
+                    let (even, odd) = (&even[col..col + LANES], &odd[col..col + LANES]);
+                    // SAFETY: sixteen values and words each.
+                    unsafe { l.round_rows_at(even.as_ptr(), odd.as_ptr(), out.as_mut_ptr()) };
+                } else {
+                    for (out, x) in out.iter_mut().zip(&even[col..col + LANES]) {
+                        *out = x.to_bits();
+                    }
+                }
+            }
+            // The last panel's second vector, where no column falls into it.
+            if (self.cols - 1) % TILE_COLS < LANES {
+                let at = (self.cols - 1) / TILE_COLS * panel_words + index * TILE_COLS + LANES;
+                self.words[at..at + LANES].fill(0);
+            }
+        }
+    }
+
+    /// Memory rows are columns: squares of sixteen words are turned.
+    #[inline(always)]
+    fn pack_turned<L: Lanes, M: Multiply>(&mut self, l: L, b: View<'_>, steps: Steps, first: usize) {
+        let panel_words = self.steps * TILE_COLS;
+        if panel_words == 0 {
+            return;
+        }
+        let mut pairs = [0u32; LANES * LANES];
+        for col in (0..self.cols.next_multiple_of(TILE_COLS)).step_by(LANES) {
+            let cols = LANES.min(self.cols.saturating_sub(col));
+            let panel = &mut self.words[col / TILE_COLS * panel_words..][..panel_words];
+            let out = &mut panel[col % TILE_COLS..];
+            let row = |lane: usize| &b.values[(first + col + lane) * b.stride + steps.from..][..steps.len];
+            let whole = if cols == LANES { steps.len / (LANES * M::VALUES) * LANES } else { 0 };
+            for index in (0..whole).step_by(LANES) {
+                let to = &mut out[index * TILE_COLS..];
+                assert!(to.len() >= (LANES - 1) * TILE_COLS + LANES);
+                if M::VALUES == 1 {
+                    let last = &b.values[(first + col) * b.stride + steps.from + index..];
+                    assert!(last.len() >= (LANES - 1) * b.stride + LANES);
+                    // SAFETY: both squares are inside their slices by the assertions.
+                    unsafe { l.transpose_at(last.as_ptr().cast(), b.stride, to.as_mut_ptr(), TILE_COLS) };
+                } else {
+                    for lane in 0..LANES {
+                        let x = &row(lane)[index * 2..][..2 * LANES];
+                        // SAFETY: 32 values, and sixteen words of the square.
+                        unsafe { l.round_neighbours_at(x.as_ptr(), pairs[lane * LANES..].as_mut_ptr()) };
+                    }
+                    // SAFETY: `pairs` is a square, and the assertion above.
+                    unsafe { l.transpose_at(pairs.as_ptr(), LANES, to.as_mut_ptr(), TILE_COLS) };
+                }
+            }
+            for index in whole..self.steps {
+                for lane in 0..LANES {
+                    let x = |step: usize| row(lane)[step];
+                    out[index * TILE_COLS + lane] =
+                        if lane < cols { word::<M>(x, index * M::VALUES, steps.len) } else { 0 };
+                }
+            }
+        }
+    }
+}
