@@ -31,6 +31,22 @@ pub enum Error {
         /// What would be.
         supported: String,
     },
+    /// The model runs, but can't be trained.
+    #[error("{what} can't be trained; what can: {supported}")]
+    Untrainable {
+        /// The thing that has no backward.
+        what: String,
+        /// What would be trainable.
+        supported: String,
+    },
+    /// The file system said no to writing.
+    #[error("can't write {path}: {source}")]
+    Write {
+        /// The file or folder.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
     /// The chat template is wrong, or refused these messages.
     #[error("chat template: {reason}")]
     Template {

@@ -7,6 +7,7 @@ pub mod arch;
 pub mod chat;
 pub mod formats;
 pub mod tokenizer;
+pub mod train;
 
 mod error;
 

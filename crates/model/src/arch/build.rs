@@ -307,7 +307,7 @@ fn dtype_number(dtype: DType) -> u8 {
 
 /// Reorders rows from neighbouring pairs to two halves, head by head: row `2i + s` of a head becomes row
 /// `s · head_dim/2 + i`. A row is `items.len() / (heads * head_dim)` items.
-fn pairs_to_halves<T: Copy>(items: &[T], heads: usize, head_dim: usize) -> Vec<T> {
+pub(crate) fn pairs_to_halves<T: Copy>(items: &[T], heads: usize, head_dim: usize) -> Vec<T> {
     let row = items.len() / (heads * head_dim);
     let mut out = Vec::with_capacity(items.len());
     for head in items.chunks_exact(row * head_dim) {

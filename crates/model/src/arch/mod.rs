@@ -8,7 +8,7 @@
 //! [`Model::forward`] is in `forward.rs` as named steps; building a model from a file in `build.rs`.
 
 mod batch;
-mod build;
+pub(crate) mod build;
 mod config;
 mod forward;
 mod frequencies;

@@ -17,9 +17,11 @@ use consort_tensor::Pool;
 
 use self::gguf::Gguf;
 use self::hugging_face::Folder;
+pub(crate) use self::hugging_face::TEXT_FILES as TOKENIZER_FILES;
 use self::names::Names;
 use self::weights::Weights;
 use crate::arch::{Model, ModelConfig};
+use crate::train::Layout;
 use crate::{ChatTemplate, Error, Tokenizer};
 
 /// What error messages list.
@@ -151,6 +153,22 @@ impl Opened {
     /// [`Error::Template`] where it doesn't parse.
     pub fn chat_template(&self) -> Result<Option<ChatTemplate>, Error> {
         ChatTemplate::of(self)
+    }
+
+    /// Reads the weights into a flat buffer of `layout`, as `f32` (block formats are dequantized).
+    ///
+    /// # Errors
+    /// [`Error::Malformed`] where a tensor is missing or has another shape, [`Error::Untrainable`] where a layer has a
+    /// tensor that the layout doesn't.
+    ///
+    /// # Panics
+    /// If `weights` doesn't have the layout's length.
+    pub fn read_weights(&self, layout: &Layout, weights: &mut [f32]) -> Result<(), Error> {
+        let (source, names): (&dyn Weights, _) = match &self.source {
+            Source::Gguf(gguf) => (gguf, &self.names),
+            Source::Folder { folder, .. } => (folder, &self.names),
+        };
+        layout.read(&self.config, names, source, weights)
     }
 
     /// Reads, hashes and packs the weights.

@@ -226,7 +226,7 @@ mod tests {
             assert_gradient(&[&x, &weight, &dy], 0, &dx, 1e-4, |v| loss(&v[0], &v[1], &v[2]));
             assert_gradient(&[&x, &weight, &dy], 1, &dweight, 1e-4, |v| loss(&v[0], &v[1], &v[2]));
             let mut added = vec![1.0; x.len()];
-            rms_norm_backward(&pool, AT, &x, &weight, 1e-5, &dy, (&mut added, true), &mut vec![0.0; COLS]);
+            rms_norm_backward(&pool, AT, &x, &weight, 1e-5, &dy, (&mut added, true), &mut [0.0; COLS]);
             let between = |i: usize| i % AT.stride < AT.start || i % AT.stride >= AT.start + 2 * COLS;
             assert!(added.iter().zip(&dx).enumerate().all(|(i, (a, d))| between(i) || *a == 1.0 + d));
             let (mut place, mut again) = (dy.clone(), vec![0.0; COLS]);

@@ -234,10 +234,10 @@ mod tests {
         for nesterov in [false, true] {
             let sgd =
                 Sgd { learning_rate: 0.1, momentum: 0.5, nesterov, weight_decay: 0.2, gradient_scale: 2.0 };
-            let (mut values, mut velocity) = (vec![1.0; 9000], vec![1.0; 9000]);
+            let (mut values, mut velocity) = (vec![1.0; 9000], vec![2.0; 9000]);
             sgd.update(&pool, &mut values, &vec![0.25; 9000], &mut velocity);
-            let step = if nesterov { 0.5 + 0.5 * 1.0 } else { 1.0 };
-            assert!(velocity.iter().all(|&v| v == 1.0));
+            let step = if nesterov { 0.5 + 0.5 * 1.5 } else { 1.5 };
+            assert!(velocity.iter().all(|&v| v == 1.5));
             assert!(values.iter().all(|&x| (x - (0.98 - 0.1 * step)).abs() < 1e-6));
         }
     }

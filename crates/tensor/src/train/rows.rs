@@ -75,6 +75,37 @@ pub fn add_bias(pool: &Pool, x: &mut [f32], stride: usize, bias: &[f32]) {
     });
 }
 
+/// `out = x`, on all threads.
+///
+/// # Panics
+/// If lengths differ.
+pub fn copy(pool: &Pool, x: &[f32], out: &mut [f32]) {
+    assert_eq!(x.len(), out.len(), "a copy has its source's length");
+    let parts = Disjoint::new(out);
+    let len = x.len();
+    each_block(pool, len.div_ceil(LANES), LANES, |_, vectors| {
+        let range = vectors.start * LANES..len.min(vectors.end * LANES);
+        // SAFETY: blocks don't overlap.
+        unsafe { parts.part(range.clone()) }.copy_from_slice(&x[range]);
+    });
+}
+
+/// `out += x`, on all threads.
+///
+/// # Panics
+/// If lengths differ.
+pub fn add(pool: &Pool, x: &[f32], out: &mut [f32]) {
+    assert_eq!(x.len(), out.len(), "both sides of a sum have one length");
+    let parts = Disjoint::new(out);
+    let len = x.len();
+    each_block(pool, len.div_ceil(LANES), LANES, |_, vectors| {
+        let range = vectors.start * LANES..len.min(vectors.end * LANES);
+        // SAFETY: blocks don't overlap.
+        let sums = unsafe { parts.part(range.clone()) };
+        lanes::dispatch(pool.cpu(), AddTo { sums, x: &x[range] });
+    });
+}
+
 /// `sums += x`.
 struct AddTo<'a> {
     sums: &'a mut [f32],
@@ -114,6 +145,20 @@ mod tests {
             let mut out = vec![1.0; cols];
             add_column_sums(&pool, &x, stride, &mut out);
             assert_eq!(bits(&out), bits(&want));
+        }
+    }
+
+    #[test]
+    fn copies_and_sums_reach_every_value() {
+        for pool in pools() {
+            for len in [0, 1, 17, 100_003] {
+                let x = uniform(1, len);
+                let mut out = vec![9.0; len];
+                copy(&pool, &x, &mut out);
+                assert_eq!(out, x);
+                add(&pool, &x, &mut out);
+                assert!(out.iter().zip(&x).all(|(out, x)| *out == 2.0 * x));
+            }
         }
     }
 

@@ -18,7 +18,7 @@ const MAX_JSON_BYTES: u64 = 64 << 20;
 /// Files of one model.
 const MAX_SHARDS: usize = 4096;
 /// Files whose text decides which tokens go in and which come out.
-const TEXT_FILES: [&str; 7] = [
+pub(crate) const TEXT_FILES: [&str; 7] = [
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",

@@ -1,0 +1,16 @@
+//! Training: optimizers with their state, schedules, and the step that ties them to a decoder.
+//!
+//! A step takes micro-batches of packed sequences with a weight a row, adds their losses, weights and gradients, and
+//! divides by the sum of weights at the end. So how a step's sequences are cut into micro-batches doesn't change what
+//! it means, and a trainer on several machines has plain sums to reduce.
+
+mod error;
+mod optimizer;
+mod schedule;
+mod trainer;
+
+pub use consort_model::train::{Decoder, Gradients, Layout, Loss, MicroBatch, Normal, Options, Precision};
+pub use error::Error;
+pub use optimizer::{Optimizer, OptimizerConfig};
+pub use schedule::{Decay, Schedule};
+pub use trainer::{StepReport, Trainer, TrainerConfig};
