@@ -12,7 +12,7 @@ use serde::Deserialize;
 use crate::command::{cargo, output};
 
 /// Crates that may hold `unsafe`.
-const MAY_BE_UNSAFE: [&str; 1] = ["tensor"];
+const MAY_BE_UNSAFE: [&str; 2] = ["tensor", "collectives"];
 /// Packages that may use `anyhow`: libraries have error types a caller can act on.
 const MAY_USE_ANYHOW: [&str; 2] = ["consort", "xtask"];
 

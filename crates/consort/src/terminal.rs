@@ -3,6 +3,10 @@
 use std::fmt::Display;
 use std::io::{self, IsTerminal, Write};
 
+mod wrap;
+
+pub(crate) use wrap::Wrap;
+
 /// Writes a line of a result. An error is the reader's going away (see [`is_closed_output`]) or a full disk.
 pub(crate) fn line(text: impl Display) -> io::Result<()> {
     let mut out = io::stdout().lock();
@@ -15,6 +19,27 @@ pub(crate) fn piece(text: &str) -> io::Result<()> {
     let mut out = io::stdout().lock();
     out.write_all(text.as_bytes())?;
     out.flush()
+}
+
+/// Writes a piece of a model's answer for a person: what could drive the terminal left out, lines broken between words.
+pub(crate) fn flow(wrap: &mut Wrap, text: &str) -> io::Result<()> {
+    let text = printable(text);
+    match width() {
+        Some(width) => piece(&wrap.take(&text, width)),
+        None => piece(&text),
+    }
+}
+
+/// The cells of a line on standard output, where that is a terminal.
+#[cfg(unix)]
+fn width() -> Option<usize> {
+    let size = rustix::termios::tcgetwinsize(io::stdout()).ok()?;
+    (size.ws_col > 0).then_some(usize::from(size.ws_col))
+}
+
+#[cfg(not(unix))]
+fn width() -> Option<usize> {
+    None
 }
 
 /// Writes a line for a person on standard error. Nobody may be there to read it.
@@ -115,7 +140,7 @@ pub(crate) fn table<const N: usize>(rows: &[[String; N]]) -> Vec<String> {
 }
 
 /// A model's text for a terminal: without the control characters that could drive it.
-pub(crate) fn printable(text: &str) -> String {
+fn printable(text: &str) -> String {
     text.chars().filter(|c| !c.is_control() || matches!(c, '\n' | '\t')).collect()
 }
 

@@ -106,6 +106,25 @@ async fn a_broken_stream_that_nobody_can_continue_ends_with_an_error_event() {
 }
 
 #[tokio::test]
+async fn a_stream_goes_on_at_a_replica_that_was_started_after_it() {
+    let replicas = [Replica::start("a").await, Replica::start("a").await];
+    let door = door(settings(), &fleet(&replicas[..1], Numerics::SameClass)).await;
+    replicas[0].act(Act::HoldAndBreak(3));
+    (0..9).for_each(|_| replicas[0].act(Act::Status(500, "internal_error")));
+    let streaming = door.open(&[], &chat(json!({"stream": true}))).await;
+    while replicas[0].count() == 0 {
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    let mut successors = fleet(&replicas[1..], Numerics::SameClass);
+    successors.models[0].versions[0].replicas[0].id = "r0.2".to_owned();
+    door.gateway.set_fleet(&successors).unwrap();
+    door.all_ready().await;
+    replicas[0].go_on.notify_one();
+    assert_eq!(read(streaming).await.text(), WORDS);
+    assert_eq!((replicas[0].count(), replicas[1].count()), (1, 1), "who is gone isn't asked again");
+}
+
+#[tokio::test]
 async fn a_repeat_gets_the_same_answer_and_another_body_is_told() {
     let replicas = [Replica::start("a").await];
     let door = door(settings(), &fleet(&replicas, Numerics::SameClass)).await;

@@ -49,6 +49,8 @@ pub struct BlockPool {
     idle: BTreeMap<u64, BlockId>,
     idle_since: Vec<u64>,
     releases: u64,
+    /// One more than the highest block ever handed out.
+    touched: usize,
 }
 
 impl BlockPool {
@@ -63,6 +65,7 @@ impl BlockPool {
             idle: BTreeMap::new(),
             idle_since: vec![0; blocks],
             releases: 0,
+            touched: 0,
         }
     }
 
@@ -104,7 +107,13 @@ impl BlockPool {
             }
         };
         self.owners[block as usize] = 1;
+        self.touched = self.touched.max(block as usize + 1);
         Some(block)
+    }
+
+    /// Blocks `0..touched` have been handed out at some time; the others never.
+    pub fn touched(&self) -> usize {
+        self.touched
     }
 
     /// The block published under `name`, if any, and whether it is idle (adopting it makes one less available).
@@ -227,7 +236,7 @@ mod tests {
         let mut pool = BlockPool::new(3);
         let names = [0, 100, 200].map(|first| name(BlockHash::ROOT, first));
         let blocks = names.map(|_| pool.allocate().expect("blank"));
-        assert_eq!(blocks, [0, 1, 2], "low ids first");
+        assert_eq!((blocks, pool.touched()), ([0, 1, 2], 3), "low ids first");
         assert_eq!(pool.allocate(), None);
         for (&block, &name) in blocks.iter().zip(&names) {
             assert_eq!(pool.publish(block, name), block);

@@ -343,6 +343,11 @@ impl<R: Runner> Core<R> {
         shared.mark_alive();
     }
 
+    /// Does a little of what can be done ahead; false where nothing is left.
+    fn prepare(&mut self) -> bool {
+        self.runner.prepare(self.scheduler.pool().touched())
+    }
+
     /// Keeps the recent rate: the last dozen steps or so.
     fn note_rate(&mut self, rows: u64, took: Duration) {
         if rows > 0 {
@@ -391,9 +396,14 @@ fn turns<R: Runner>(
                 Err(RecvTimeoutError::Timeout) => None,
                 Err(RecvTimeoutError::Disconnected) => return Ok(()),
             },
-            Turn::Idle => match inbox.recv() {
+            Turn::Idle => match inbox.try_recv() {
                 Ok(command) => Some(command),
-                Err(_) => return Ok(()),
+                Err(TryRecvError::Disconnected) => return Ok(()),
+                Err(TryRecvError::Empty) if core.prepare() => continue,
+                Err(TryRecvError::Empty) => match inbox.recv() {
+                    Ok(command) => Some(command),
+                    Err(_) => return Ok(()),
+                },
             },
         };
         if last == Turn::Idle {

@@ -211,7 +211,8 @@ fn page(
         - *decode*, *prefill*: `llama-bench -p 512 -n 128` beside `engine_bench`, which goes through our scheduler and \
         sampler (llama-bench has none).\n\
         - *streams*: one generator, `consort bench serve`, against `llama-server` with a slot for each stream and against \
-        `consort serve`: a different prompt of about 200 tokens each time, 64 tokens out, greedy, {rounds} requests a stream.\n\
+        `consort serve`: a different prompt of about 200 tokens each time, 64 tokens out, greedy, {rounds} requests a stream, \
+        after a warm-up of one and two seconds of rest.\n\
         - *process start*: a one-token answer by `llama-completion --no-warmup` and by `consort run`, the file in the \
         page cache, to the first byte on stdout.\n\
         - Files: {sizes}. All SmolLM2 files but Q4_1 are requantized from it, which is fine for speed and not for quality.\n",

@@ -15,7 +15,7 @@ use clap::Args;
 use self::session::{Limits, Session};
 use super::UsageError;
 use crate::settings::Compute;
-use crate::terminal::{line, note, piece, printable};
+use crate::terminal::{Wrap, flow, line, note, piece};
 use crate::{environment, loading};
 
 /// The longest prompt read from standard input; far past any model's context.
@@ -124,11 +124,11 @@ impl Run {
 
     fn once(&self, session: &mut Session, prompt: &str, started: Instant, name: &str) -> Result<()> {
         let tame = std::io::stdout().is_terminal();
-        let show = |text: &str| -> Result<()> {
-            if !self.json {
-                piece(&if tame { printable(text) } else { text.to_string() })?;
-            }
-            Ok(())
+        let mut wrap = Wrap::default();
+        let mut show = |text: &str| match (self.json, tame) {
+            (true, _) => Ok(()),
+            (false, true) => flow(&mut wrap, text),
+            (false, false) => piece(text),
         };
         let mut answer = session.ask(prompt)?;
         while let Some(event) = answer.events().blocking_recv() {

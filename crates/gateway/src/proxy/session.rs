@@ -535,6 +535,10 @@ impl Session {
         loop {
             let room = self.gateway.registry.room.clone();
             let room = room.notified();
+            // Replicas are started anew under new ids: by the time one is lost, the fleet may be another.
+            if !fresh {
+                self.follow_fleet();
+            }
             let turn = place.as_ref().is_none_or(fleet::Place::is_head);
             if turn && let Some(replica) = self.pick() {
                 if let Some(place) = place {
@@ -556,8 +560,7 @@ impl Session {
             if place.as_ref().is_some_and(fleet::Place::evicted) {
                 return Err(full(&self.model.name));
             }
-            // Replicas are started anew under new ids; the fleet may be another by now.
-            if self.follow_fleet() {
+            if fresh && self.follow_fleet() {
                 continue;
             }
             if !self.version().replicas.iter().any(|replica| replica.is_up(Instant::now()))

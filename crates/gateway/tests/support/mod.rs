@@ -26,6 +26,8 @@ pub(crate) enum Act {
     Status(u16, &'static str),
     /// Sends this many events and then waits to be told to go on.
     Hold(usize),
+    /// Sends this many events, waits to be told to go on, and breaks off.
+    HoldAndBreak(usize),
 }
 
 /// A scripted replica.
@@ -124,8 +126,13 @@ impl Replica {
         let head = "HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\nx-seed: 7\r\ntransfer-encoding: chunked\r\n\r\n";
         stream.write_all(head.as_bytes()).await.ok()?;
         for (i, event) in events.iter().enumerate() {
-            if matches!(act, Some(Act::Hold(count)) if count == i) {
-                self.go_on.notified().await;
+            match act {
+                Some(Act::Hold(count)) if count == i => self.go_on.notified().await,
+                Some(Act::HoldAndBreak(count)) if count == i => {
+                    self.go_on.notified().await;
+                    return None;
+                }
+                _ => {}
             }
             chunk(stream, event).await?;
         }
@@ -224,15 +231,9 @@ pub(crate) async fn door(settings: Settings, fleet: &Fleet) -> Door {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
     tokio::spawn(gateway.clone().serve(listener, std::future::pending()));
-    let ready = || {
-        let snapshot = gateway.snapshot();
-        let mut replicas = snapshot.models.iter().flat_map(|m| &m.versions).flat_map(|v| &v.replicas);
-        replicas.all(|replica| replica.report.is_some())
-    };
-    while !ready() {
-        tokio::time::sleep(Duration::from_millis(2)).await;
-    }
-    Door { gateway, address }
+    let door = Door { gateway, address };
+    door.all_ready().await;
+    door
 }
 
 /// A response.
@@ -262,6 +263,18 @@ impl Response {
 }
 
 impl Door {
+    /// Returns when all replicas of the fleet are known to be ready.
+    pub(crate) async fn all_ready(&self) {
+        let ready = || {
+            let snapshot = self.gateway.snapshot();
+            let mut replicas = snapshot.models.iter().flat_map(|m| &m.versions).flat_map(|v| &v.replicas);
+            replicas.all(|replica| replica.report.is_some())
+        };
+        while !ready() {
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
+    }
+
     pub(crate) async fn open(&self, headers: &[(&str, &str)], body: &Value) -> BufReader<TcpStream> {
         self.raw("POST", "/v1/chat/completions", headers, &body.to_string()).await
     }

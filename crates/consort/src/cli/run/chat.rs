@@ -6,7 +6,7 @@ use rustyline::history::MemHistory;
 use rustyline::{Config, Editor};
 
 use super::session::Session;
-use crate::terminal::{Silent, Style, line, note, piece, printable, said};
+use crate::terminal::{Silent, Style, Wrap, flow, line, note, said};
 
 const HELP: &str = "\
 /help           this list
@@ -122,6 +122,7 @@ fn answer(
 ) -> Result<()> {
     let _silent = Silent::begin();
     let mut answer = session.ask(text)?;
+    let mut wrap = Wrap::default();
     let stopped = runtime.block_on(async {
         let interrupted = tokio::signal::ctrl_c();
         tokio::pin!(interrupted);
@@ -130,7 +131,7 @@ fn answer(
                 biased;
                 _ = &mut interrupted => return Ok::<_, anyhow::Error>(true),
                 event = answer.events().recv() => match event {
-                    Some(event) => piece(&printable(&answer.take(event)?))?,
+                    Some(event) => flow(&mut wrap, &answer.take(event)?)?,
                     None => return Ok(false),
                 },
             }

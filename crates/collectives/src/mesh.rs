@@ -1,0 +1,238 @@
+//! The connections between all members of a new epoch.
+//!
+//! Each rank listens, and connects to every lower rank. Both ends prove the token (and,
+//! over TLS, their certificates) and state epoch, ranks and the
+//! connection's number, so a member of an old epoch, a stranger or a port scanner ends in a log line and nothing else.
+//! Cost: n−1 handshakes a connection number and rank, in parallel.
+
+use std::sync::{Arc, mpsc};
+use std::time::{Duration, Instant};
+
+use crate::auth::{self, Key, Purpose, STATEMENT};
+use crate::error::Error;
+use crate::net::{Interest, Listener, Stream, TlsStream, poll};
+use crate::tls::{self, Identity};
+
+/// Handshakes that may run at once; more connections wait in the system's queue.
+const HANDSHAKES: usize = 64;
+/// How long one handshake may take.
+const HANDSHAKE: Duration = Duration::from_secs(5);
+
+/// What a mesh is made of.
+pub(crate) struct Mesh<'a> {
+    pub(crate) epoch: u64,
+    pub(crate) rank: usize,
+    pub(crate) world_size: usize,
+    /// Connections with each peer; number 0 is the control plane's.
+    pub(crate) connections: usize,
+    pub(crate) listener: &'a Listener,
+    pub(crate) key: &'a Key,
+    /// How to encrypt, where that is wanted.
+    pub(crate) identity: Option<&'a Identity>,
+    pub(crate) deadline: Instant,
+}
+
+/// For each rank, its connections in the order of their numbers; `None` for this rank.
+pub(crate) type Links = Vec<Option<Vec<Stream>>>;
+
+impl Mesh<'_> {
+    /// Connects to everyone. `dial` opens a socket to a rank.
+    pub(crate) fn connect(&self, dial: impl Fn(usize) -> std::io::Result<Stream>) -> Result<Links, Error> {
+        let mut slots: Vec<Vec<Option<Stream>>> =
+            (0..self.world_size).map(|_| (0..self.connections).map(|_| None).collect()).collect();
+        let mut missing = (self.world_size - 1 - self.rank) * self.connections;
+        for (rank, slots) in slots.iter_mut().enumerate().take(self.rank) {
+            for (number, slot) in slots.iter_mut().enumerate() {
+                let stream = dial(rank).and_then(|stream| self.encrypt(stream, rank)).and_then(|stream| {
+                    let statement = self.statement(self.rank, rank, number);
+                    auth::connect(&stream, self.key, Purpose::Mesh, &statement, self.deadline)?;
+                    Ok(stream)
+                });
+                let stream = stream.map_err(|e| self.late(format!("rank {rank} cannot be reached: {e}")))?;
+                *slot = Some(stream);
+            }
+        }
+        self.listener.set_nonblocking().map_err(|e| Error::system("listen for peers", &e))?;
+        let (done, arrivals) = mpsc::sync_channel::<Option<(Stream, [u8; STATEMENT])>>(HANDSHAKES);
+        std::thread::scope(|scope| {
+            let mut running = 0;
+            while missing > 0 {
+                let left = self.deadline.saturating_duration_since(Instant::now());
+                if left.is_zero() {
+                    let absent: Vec<String> = (self.rank + 1..self.world_size)
+                        .filter(|rank| slots[*rank].iter().any(Option::is_none))
+                        .map(|rank| rank.to_string())
+                        .collect();
+                    return Err(self.late(format!("no connection from rank {}", absent.join(", "))));
+                }
+                let interest =
+                    Interest { fd: std::os::fd::AsRawFd::as_raw_fd(self.listener), read: true, write: false };
+                let mut ready = Vec::new();
+                // While handshakes run, their ends are looked at often.
+                let nap = if running == 0 { left } else { Duration::from_millis(1) };
+                poll(&[interest], nap.min(left), &mut ready);
+                if running < HANDSHAKES
+                    && let Ok(stream) = self.listener.accept()
+                {
+                    running += 1;
+                    let done = done.clone();
+                    scope.spawn(move || {
+                        // The scope's end closes the channel's other side at the earliest after this.
+                        let _ = done.send(self.greet(stream));
+                    });
+                }
+                while let Ok(arrival) = arrivals.try_recv() {
+                    running -= 1;
+                    let Some((stream, statement)) = arrival else { continue };
+                    let place = (self.rank + 1..self.world_size).find_map(|rank| {
+                        let number = (0..self.connections)
+                            .find(|number| statement == self.statement(rank, self.rank, *number))?;
+                        Some((rank, number))
+                    });
+                    match place {
+                        Some((rank, number)) if slots[rank][number].is_none() => {
+                            slots[rank][number] = Some(stream);
+                            missing -= 1;
+                        }
+                        _ => tracing::warn!(peer = %stream.peer(), "refused a member of another epoch"),
+                    }
+                }
+            }
+            Ok(())
+        })?;
+        let links = slots.into_iter().enumerate();
+        Ok(links
+            .map(|(rank, slots)| (rank != self.rank).then(|| slots.into_iter().flatten().collect()))
+            .collect())
+    }
+
+    /// Wraps a connection that this rank has made to `rank`, where TLS is wanted.
+    fn encrypt(&self, stream: Stream, rank: usize) -> std::io::Result<Stream> {
+        match (stream, self.identity) {
+            (Stream::Tcp(tcp), Some(identity)) => {
+                let (config, name) = (Arc::clone(&identity.client), tls::name(self.epoch, rank));
+                TlsStream::connect(tcp, config, name, self.deadline).map(|tls| Stream::Tls(Box::new(tls)))
+            }
+            (stream, _) => Ok(stream),
+        }
+    }
+
+    /// As the side that was called: who is there must have a certificate of this epoch, and say the same rank.
+    fn welcome(&self, stream: Stream, deadline: Instant) -> std::io::Result<(Stream, [u8; STATEMENT])> {
+        stream.set_nonblocking(false)?;
+        let stream = match (stream, self.identity) {
+            (Stream::Tcp(tcp), Some(identity)) => {
+                tcp.set_nodelay(true)?;
+                Stream::Tls(Box::new(TlsStream::accept(tcp, Arc::clone(&identity.server), deadline)?))
+            }
+            (Stream::Tcp(tcp), None) => {
+                tcp.set_nodelay(true)?;
+                Stream::Tcp(tcp)
+            }
+            (stream, _) => stream,
+        };
+        let statement = auth::accept(&stream, self.key, Purpose::Mesh, deadline)?;
+        if let Stream::Tls(tls) = &stream {
+            let rank = u32::from_le_bytes(std::array::from_fn(|i| statement[8 + i])) as usize;
+            if !tls.peer_is(&tls::name(self.epoch, rank)) {
+                let what = format!("it says that it is rank {rank}, and its certificate doesn't");
+                return Err(std::io::Error::new(std::io::ErrorKind::PermissionDenied, what));
+            }
+        }
+        Ok((stream, statement))
+    }
+
+    fn greet(&self, stream: Stream) -> Option<(Stream, [u8; STATEMENT])> {
+        let deadline = self.deadline.min(Instant::now() + HANDSHAKE);
+        let peer = stream.peer();
+        match self.welcome(stream, deadline) {
+            Ok(welcomed) => Some(welcomed),
+            Err(error) => {
+                tracing::warn!(%peer, %error, "refused a connection to this worker");
+                None
+            }
+        }
+    }
+
+    fn statement(&self, from: usize, to: usize, number: usize) -> [u8; STATEMENT] {
+        let mut statement = [0; STATEMENT];
+        statement[..8].copy_from_slice(&self.epoch.to_le_bytes());
+        for (at, value) in [(8, from), (12, to), (16, number), (20, self.world_size)] {
+            statement[at..at + 4].copy_from_slice(&(value as u32).to_le_bytes());
+        }
+        statement
+    }
+
+    fn late(&self, what: String) -> Error {
+        Error::Rendezvous { limit_ms: 0, what: format!("epoch {}: {what}", self.epoch) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read, Write};
+    use std::net::TcpStream;
+
+    use super::*;
+    use crate::tls::{Authority, MemberKey};
+
+    fn identity(authority: &Authority, epoch: u64, rank: usize) -> Identity {
+        let key = MemberKey::new().unwrap();
+        let certificate = authority.issue(key.public(), epoch, rank).unwrap();
+        key.identity(&certificate, authority.certificate()).unwrap()
+    }
+
+    /// Rank 0 of two waits for rank 1. Before that one come: garbage; a connection that says nothing; one that hangs up
+    /// at once; the right token with a certificate of another job, of another epoch, and of another rank; and another
+    /// token with the right certificate. Each is refused, and rank 1 is still let in.
+    #[test]
+    fn only_the_rank_itself_is_let_in() {
+        let authority = Authority::new().unwrap();
+        let deadline = Instant::now() + Duration::from_secs(20);
+        let (listener, address) = Listener::tcp("127.0.0.1:0").unwrap();
+        let key = Key::new(b"the token");
+        let mine = identity(&authority, 7, 0);
+        let mesh = Mesh {
+            epoch: 7,
+            rank: 0,
+            world_size: 2,
+            connections: 1,
+            listener: &listener,
+            key: &key,
+            identity: Some(&mine),
+            deadline,
+        };
+        let call = |identity: &Identity, token: &[u8]| -> std::io::Result<Stream> {
+            let tcp = TcpStream::connect(address)?;
+            let tls = TlsStream::connect(tcp, Arc::clone(&identity.client), tls::name(7, 0), deadline)?;
+            let stream = Stream::Tls(Box::new(tls));
+            let statement = Mesh { rank: 1, ..mesh }.statement(1, 0, 0);
+            auth::connect(&stream, &Key::new(token), Purpose::Mesh, &statement, deadline)?;
+            Ok(stream)
+        };
+        std::thread::scope(|scope| {
+            let waiting = scope.spawn(|| mesh.connect(|_| Err(std::io::ErrorKind::Unsupported.into())));
+            let silent = TcpStream::connect(address).unwrap();
+            drop(TcpStream::connect(address).unwrap());
+            let mut garbage = TcpStream::connect(address).unwrap();
+            garbage.write_all(&[0x16; 3000]).unwrap();
+            // It is hung up on, with or without a word.
+            let _ = garbage.read_to_end(&mut Vec::new());
+            let other_job = Authority::new().unwrap();
+            assert!(call(&identity(&other_job, 7, 1), b"the token").is_err(), "another authority");
+            assert!(call(&identity(&authority, 6, 1), b"the token").and_then(heard).is_err(), "an old epoch");
+            assert!(call(&identity(&authority, 7, 5), b"the token").and_then(heard).is_err(), "another rank");
+            assert!(call(&identity(&authority, 7, 1), b"a guess").is_err(), "another token");
+            let rank_1 = call(&identity(&authority, 7, 1), b"the token").unwrap();
+            let links = waiting.join().unwrap().unwrap();
+            assert!(links[1].as_ref().is_some_and(|link| link.len() == 1));
+            drop((silent, rank_1));
+        });
+    }
+
+    /// An error if the other side has hung up.
+    fn heard(stream: Stream) -> std::io::Result<Stream> {
+        stream.read_all(&mut [0], Some(Instant::now() + Duration::from_secs(10)))?;
+        Ok(stream)
+    }
+}

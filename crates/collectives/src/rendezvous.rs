@@ -1,0 +1,214 @@
+//! Who is in which epoch: a pure state machine, so that it can be run through any history.
+//!
+//! An epoch is formed once, has fixed ranks, and never changes; a failure ends it and the next one is formed. The rules:
+//!
+//! - The first epoch begins when `world_size` members wait.
+//! - A later one begins when every member of the last one waits or has gone, and at least `min_world_size` wait. Members
+//!   keep their order; those who are new come after them.
+//! - A member that neither waits nor goes (stopped, cut off) is waited for `settle` after the first one came back. Then
+//!   it is *fenced*: the epoch begins without it, its connection is closed, and when it wakes up it joins as new.
+//! - When all members have gone, it is as in the beginning.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+/// A member's connection to the store. Never used twice.
+pub type MemberId = u64;
+
+/// When epochs begin.
+#[derive(Clone, Copy, Debug)]
+pub struct Policy {
+    /// Members of the first epoch.
+    pub world_size: usize,
+    /// Fewer than this many never form an epoch.
+    pub min_world_size: usize,
+    /// How long a member that is connected, but doesn't come, is waited for.
+    pub settle: Duration,
+}
+
+/// What happened to a member.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Event {
+    /// It wants to be in the next epoch.
+    Join(MemberId),
+    /// Its connection is closed.
+    Gone(MemberId),
+    /// Time passed.
+    Tick,
+}
+
+/// What the driver is to do.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Command {
+    /// An epoch begins: tell these members, in the order of their ranks.
+    Begin {
+        /// Its number; the first is 1.
+        epoch: u64,
+        /// Rank r is the r-th.
+        members: Vec<MemberId>,
+    },
+    /// Close this member's connection.
+    Fence(MemberId),
+}
+
+/// The members, and those who wait. Times are since any fixed beginning.
+#[derive(Clone, Debug)]
+pub struct Rendezvous {
+    policy: Policy,
+    epoch: u64,
+    /// Members of the last epoch that are still connected, with their ranks.
+    members: BTreeMap<MemberId, usize>,
+    /// Who waits, and since when.
+    waiting: BTreeMap<MemberId, Duration>,
+}
+
+impl Rendezvous {
+    /// Nobody has come yet.
+    pub fn new(policy: Policy) -> Self {
+        Self { policy, epoch: 0, members: BTreeMap::new(), waiting: BTreeMap::new() }
+    }
+
+    /// Takes in one event.
+    pub fn step(&mut self, now: Duration, event: Event) -> Vec<Command> {
+        match event {
+            Event::Join(id) => {
+                self.waiting.entry(id).or_insert(now);
+            }
+            Event::Gone(id) => {
+                self.waiting.remove(&id);
+                self.members.remove(&id);
+            }
+            Event::Tick => {}
+        }
+        let mut commands = Vec::new();
+        let absent: Vec<MemberId> =
+            self.members.keys().filter(|id| !self.waiting.contains_key(id)).copied().collect();
+        let back = self
+            .waiting
+            .iter()
+            .filter(|(id, _)| self.members.contains_key(id))
+            .map(|(_, since)| *since)
+            .min();
+        let enough =
+            if self.members.is_empty() { self.policy.world_size } else { self.policy.min_world_size };
+        if self.waiting.len() < enough.max(1) || (!self.members.is_empty() && back.is_none()) {
+            return commands;
+        }
+        if !absent.is_empty() {
+            if back.is_none_or(|since| now.saturating_sub(since) < self.policy.settle) {
+                return commands;
+            }
+            for id in absent {
+                self.members.remove(&id);
+                commands.push(Command::Fence(id));
+            }
+        }
+        let mut order: Vec<MemberId> = self.waiting.keys().copied().collect();
+        // Ids grow with time, so newcomers are in the order of their coming.
+        order.sort_by_key(|id| (self.members.get(id).copied().unwrap_or(usize::MAX), *id));
+        self.epoch += 1;
+        self.waiting.clear();
+        self.members = order.iter().enumerate().map(|(rank, id)| (*id, rank)).collect();
+        commands.push(Command::Begin { epoch: self.epoch, members: order });
+        commands
+    }
+
+    /// Members that wait for the next epoch.
+    pub fn waiting(&self) -> usize {
+        self.waiting.len()
+    }
+
+    /// How many members the last epoch still has.
+    pub fn present(&self) -> usize {
+        self.members.len()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use consort_base::Philox;
+
+    use super::*;
+
+    const POLICY: Policy = Policy { world_size: 3, min_world_size: 1, settle: Duration::from_secs(5) };
+
+    fn at(second: u64) -> Duration {
+        Duration::from_secs(second)
+    }
+
+    fn begin(epoch: u64, members: &[MemberId]) -> Command {
+        Command::Begin { epoch, members: members.to_vec() }
+    }
+
+    fn formed() -> Rendezvous {
+        let mut r = Rendezvous::new(POLICY);
+        assert!(r.step(at(0), Event::Join(1)).is_empty() && r.step(at(0), Event::Join(2)).is_empty());
+        assert_eq!(r.step(at(0), Event::Join(3)), [begin(1, &[1, 2, 3])]);
+        r
+    }
+
+    #[test]
+    fn survivors_go_on_at_once_in_their_order() {
+        let mut r = formed();
+        assert!(r.step(at(1), Event::Join(3)).is_empty());
+        assert!(r.step(at(1), Event::Gone(2)).is_empty());
+        assert_eq!(r.step(at(1), Event::Join(1)), [begin(2, &[1, 3])]);
+    }
+
+    #[test]
+    fn who_does_not_come_is_fenced_and_returns_as_new() {
+        let mut r = formed();
+        r.step(at(1), Event::Join(1));
+        r.step(at(2), Event::Join(3));
+        assert!(r.step(at(5), Event::Tick).is_empty());
+        assert_eq!(r.step(at(6), Event::Tick), [Command::Fence(2), begin(2, &[1, 3])]);
+        // It woke up, found its connection closed, and came back as 4. Alone it changes nothing.
+        assert!(r.step(at(7), Event::Join(4)).is_empty() && r.step(at(60), Event::Tick).is_empty());
+        r.step(at(61), Event::Join(3));
+        assert_eq!(r.step(at(61), Event::Join(1)), [begin(3, &[1, 3, 4])]);
+    }
+
+    #[test]
+    fn any_history_keeps_the_rules() {
+        for seed in 0..300 {
+            let mut random = Philox::new(seed, 0);
+            let mut r = Rendezvous::new(POLICY);
+            let (mut alive, mut next, mut epoch, mut now) = (Vec::<MemberId>::new(), 1, 0, Duration::ZERO);
+            for _ in 0..400 {
+                now += Duration::from_millis(random.next_u64() % 900);
+                let pick = random.next_u64() as usize % (alive.len() + 1);
+                let event = match (random.next_u64() % 8, alive.get(pick).copied()) {
+                    (0, Some(id)) => {
+                        alive.retain(|other| *other != id);
+                        Event::Gone(id)
+                    }
+                    (1..6, Some(id)) => Event::Join(id),
+                    (6, _) if alive.len() < 6 => {
+                        next += 1;
+                        alive.push(next);
+                        Event::Join(next)
+                    }
+                    _ => Event::Tick,
+                };
+                for command in r.step(now, event) {
+                    match command {
+                        Command::Fence(id) => alive.retain(|other| *other != id),
+                        Command::Begin { epoch: number, members } => {
+                            assert_eq!(number, epoch + 1, "seed {seed}");
+                            epoch = number;
+                            assert!(
+                                members.iter().all(|id| alive.contains(id)),
+                                "seed {seed}: a dead member"
+                            );
+                            let mut once = members.clone();
+                            once.sort_unstable();
+                            once.dedup();
+                            assert_eq!(once.len(), members.len(), "seed {seed}: a member twice");
+                        }
+                    }
+                }
+            }
+            assert!(epoch > 3, "seed {seed} formed {epoch} epochs");
+        }
+    }
+}

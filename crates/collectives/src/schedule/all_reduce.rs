@@ -1,0 +1,189 @@
+//! Reductions: ring, halving and doubling, tree, one-shot, direct.
+//!
+//! With n ranks and a vector of b bytes, each rank sends: ring, halving and direct 2·(n−1)/n·b, tree b to 2·b (log n at the
+//! root), one-shot (n−1)·b. The order of additions of each is given where its steps are made; it depends on nothing
+//! but the world size and the element's place, so a repeated call gives the same bits.
+
+use super::{Action, Algorithm, Region, Shape, Span, Step};
+
+/// Steps of an all-reduce of the main buffer, in place.
+pub fn all_reduce(algorithm: Algorithm, shape: Shape) -> Vec<Step> {
+    let mut steps = Vec::new();
+    if shape.world_size < 2 {
+        return steps;
+    }
+    match algorithm {
+        Algorithm::Ring => {
+            ring_reduce(shape, &mut steps);
+            ring_gather(shape, &mut steps);
+        }
+        Algorithm::HalvingDoubling => halving_doubling(shape, &mut steps),
+        Algorithm::Tree => tree(shape, &mut steps),
+        Algorithm::OneShot => one_shot(shape, &mut steps),
+        Algorithm::Direct => direct(shape, &mut steps),
+    }
+    steps
+}
+
+/// Steps after which chunk `rank` of the main buffer is reduced; its other chunks are then unspecified.
+pub fn reduce_scatter(algorithm: Algorithm, shape: Shape) -> Vec<Step> {
+    let mut steps = Vec::new();
+    if shape.world_size < 2 {
+        return steps;
+    }
+    if algorithm == Algorithm::OneShot {
+        // Sum: x[r] + x[r+1] + … round the ring, from the left.
+        for distance in 1..shape.world_size {
+            let to = shape.after(distance);
+            steps.push(Step { action: Action::Send(to), span: shape.chunk(to) });
+        }
+        for distance in 1..shape.world_size {
+            let from = shape.after(distance);
+            steps.push(Step { action: Action::RecvReduce(from), span: shape.chunk(shape.rank) });
+        }
+    } else {
+        ring_reduce(shape, &mut steps);
+    }
+    steps
+}
+
+/// Chunk c starts at rank c+1 and collects ranks in ring order: ((x[c+1] + x[c+2]) + …) + x[c], and ends at rank c.
+fn ring_reduce(shape: Shape, steps: &mut Vec<Step>) {
+    let n = shape.world_size;
+    for round in 0..n - 1 {
+        let send = shape.chunk(shape.rank + 2 * n - round - 1);
+        let recv = shape.chunk(shape.rank + 2 * n - round - 2);
+        steps.push(Step { action: Action::Send(shape.after(1)), span: send });
+        steps.push(Step { action: Action::RecvReduce(shape.before(1)), span: recv });
+    }
+}
+
+/// Finished chunks go once round the ring.
+pub(super) fn ring_gather(shape: Shape, steps: &mut Vec<Step>) {
+    let n = shape.world_size;
+    for round in 0..n - 1 {
+        let send = shape.chunk(shape.rank + n - round);
+        let recv = shape.chunk(shape.rank + n - round - 1);
+        steps.push(Step { action: Action::Send(shape.after(1)), span: send });
+        steps.push(Step { action: Action::Recv(shape.before(1)), span: recv });
+    }
+}
+
+/// For any world size: with p the largest power of two within it, the first 2·(n−p) ranks pair up, and of each pair the
+/// odd one computes for both. Sum: pairs (2i + (2i+1)) first, then a balanced tree over the p, nearest distance last.
+fn halving_doubling(shape: Shape, steps: &mut Vec<Step>) {
+    let Shape { rank, world_size, count, width } = shape;
+    let power = 1 << world_size.ilog2();
+    let extra = world_size - power;
+    let whole = shape.whole();
+    if rank < 2 * extra && rank % 2 == 0 {
+        steps.push(Step { action: Action::Send(rank + 1), span: whole });
+        steps.push(Step { action: Action::Recv(rank + 1), span: whole });
+        return;
+    }
+    let folded = rank < 2 * extra;
+    if folded {
+        steps.push(Step { action: Action::RecvReduce(rank - 1), span: whole });
+    }
+    let me = if folded { rank / 2 } else { rank - extra };
+    let real = |number: usize| if number < extra { 2 * number + 1 } else { number + extra };
+    let bytes = |from: usize, to: usize| Span::main(from * width..to * width);
+
+    let (mut from, mut to, mut distance) = (0, count, power / 2);
+    let mut way_back = Vec::new();
+    while distance > 0 {
+        let partner = real(me ^ distance);
+        let middle = from + (to - from) / 2;
+        let (low, high) = (bytes(from, middle), bytes(middle, to));
+        let lower = me & distance == 0;
+        let (keep, give) = if lower { (low, high) } else { (high, low) };
+        steps.push(Step { action: Action::Send(partner), span: give });
+        steps.push(Step { action: Action::RecvReduce(partner), span: keep });
+        way_back.push((partner, keep, give));
+        (from, to) = if lower { (from, middle) } else { (middle, to) };
+        distance /= 2;
+    }
+    for (partner, have, want) in way_back.into_iter().rev() {
+        steps.push(Step { action: Action::Send(partner), span: have });
+        steps.push(Step { action: Action::Recv(partner), span: want });
+    }
+    if folded {
+        steps.push(Step { action: Action::Send(rank - 1), span: whole });
+    }
+}
+
+/// A node's parent (none for the root) and children, nearest first, in the binomial tree over `world_size` numbers.
+pub(super) fn binomial(number: usize, world_size: usize) -> (Option<usize>, Vec<usize>) {
+    let mut children = Vec::new();
+    let mut distance = 1;
+    while distance < world_size {
+        if number & distance != 0 {
+            return (Some(number - distance), children);
+        }
+        if number + distance < world_size {
+            children.push(number + distance);
+        }
+        distance *= 2;
+    }
+    (None, children)
+}
+
+/// Sum: each node adds its own, then its children's sums, nearest child first.
+fn tree(shape: Shape, steps: &mut Vec<Step>) {
+    let whole = shape.whole();
+    let (parent, children) = binomial(shape.rank, shape.world_size);
+    for child in &children {
+        steps.push(Step { action: Action::RecvReduce(*child), span: whole });
+    }
+    if let Some(parent) = parent {
+        steps.push(Step { action: Action::Send(parent), span: whole });
+        steps.push(Step { action: Action::Recv(parent), span: whole });
+    }
+    for child in children.iter().rev() {
+        steps.push(Step { action: Action::Send(*child), span: whole });
+    }
+}
+
+/// Sum, for chunk c: ((x[c] + x[c−1]) + x[c−2]) + …, ranks modulo n.
+fn direct(shape: Shape, steps: &mut Vec<Step>) {
+    let own = shape.chunk(shape.rank);
+    let distances = 1..shape.world_size;
+    for to in distances.clone().map(|distance| shape.after(distance)) {
+        steps.push(Step { action: Action::Send(to), span: shape.chunk(to) });
+    }
+    for from in distances.clone().map(|distance| shape.before(distance)) {
+        steps.push(Step { action: Action::RecvReduce(from), span: own });
+    }
+    for to in distances.clone().map(|distance| shape.after(distance)) {
+        steps.push(Step { action: Action::Send(to), span: own });
+    }
+    for from in distances.map(|distance| shape.before(distance)) {
+        steps.push(Step { action: Action::Recv(from), span: shape.chunk(from) });
+    }
+}
+
+/// Sum: (((x[0] + x[1]) + x[2]) + …), on every rank. Ranks from 2 on keep a copy of their own, to add it in its turn.
+fn one_shot(shape: Shape, steps: &mut Vec<Step>) {
+    let Shape { rank, world_size, .. } = shape;
+    let whole = shape.whole();
+    let copy = Span { region: Region::Scratch, ..whole };
+    let keeps = rank >= 2;
+    if keeps {
+        steps.push(Step { action: Action::Copy(whole), span: copy });
+    }
+    for distance in 1..world_size {
+        let span = if keeps { copy } else { whole };
+        steps.push(Step { action: Action::Send(shape.after(distance)), span });
+    }
+    for from in 0..world_size {
+        if from == rank {
+            if keeps {
+                steps.push(Step { action: Action::Reduce(copy), span: whole });
+            }
+        } else if from == 0 && keeps {
+            steps.push(Step { action: Action::Recv(0), span: whole });
+        } else {
+            steps.push(Step { action: Action::RecvReduce(from), span: whole });
+        }
+    }
+}

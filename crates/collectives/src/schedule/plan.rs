@@ -1,0 +1,258 @@
+//! A schedule ready to run: who waits for whose bytes, and how far each step is.
+//!
+//! A step may work up to the first byte that an earlier step, touching the same bytes (one of the two writing), has not
+//! come past. That is the whole of the pipelining: a ring's second round sends what its first has added so far.
+//! Finding the pairs costs the square of the steps once; plans are kept and reset between equal calls.
+
+use super::{Action, Region, Span, Step};
+
+/// Steps that run in order: those with one peer in one direction, or those within this rank.
+#[derive(Clone, Debug)]
+pub struct Lane {
+    /// The peer and whether bytes go to it; `None` for steps within this rank.
+    pub peer: Option<(usize, bool)>,
+    /// Indices of its steps, in order.
+    pub steps: Vec<usize>,
+    /// The sum of their lengths.
+    pub bytes: usize,
+    /// How many are done.
+    pub finished: usize,
+    /// Whether the call's header has gone or come.
+    pub open: bool,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Hazard {
+    /// The earlier step.
+    earlier: usize,
+    /// Where its bytes begin, in the region that both touch.
+    from: usize,
+    /// Where this step's bytes begin there.
+    mine: usize,
+}
+
+/// A schedule with its progress.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    steps: Vec<Step>,
+    done: Vec<usize>,
+    hazards: Vec<Vec<Hazard>>,
+    /// What runs side by side.
+    pub lanes: Vec<Lane>,
+    /// Bytes of scratch that the steps use.
+    pub scratch_bytes: usize,
+}
+
+impl Plan {
+    /// Prepares `steps`.
+    pub fn new(steps: Vec<Step>) -> Self {
+        let mut lanes: Vec<Lane> = Vec::new();
+        let mut hazards = Vec::with_capacity(steps.len());
+        let mut scratch_bytes = 0;
+        for (index, step) in steps.iter().enumerate() {
+            let peer = match step.action {
+                Action::Send(to) => Some((to, true)),
+                Action::Recv(from) | Action::RecvReduce(from) => Some((from, false)),
+                Action::Copy(_) | Action::Reduce(_) => None,
+            };
+            let lane = match lanes.iter().position(|lane| lane.peer == peer) {
+                Some(lane) => &mut lanes[lane],
+                None => {
+                    lanes.push(Lane { peer, steps: Vec::new(), bytes: 0, finished: 0, open: peer.is_none() });
+                    let last = lanes.len() - 1;
+                    &mut lanes[last]
+                }
+            };
+            lane.steps.push(index);
+            lane.bytes += step.span.len;
+            hazards.push(hazards_of(&steps[..index], step));
+            if step.span.region == Region::Scratch {
+                scratch_bytes = scratch_bytes.max(step.span.start + step.span.len);
+            }
+        }
+        let done = vec![0; steps.len()];
+        Self { steps, done, hazards, lanes, scratch_bytes }
+    }
+
+    /// As before the first byte.
+    pub fn reset(&mut self) {
+        self.done.fill(0);
+        for lane in &mut self.lanes {
+            lane.finished = 0;
+            lane.open = lane.peer.is_none();
+        }
+    }
+
+    /// The step that a lane is at; `None` when the lane is done.
+    pub fn front(&self, lane: usize) -> Option<usize> {
+        let lane = &self.lanes[lane];
+        lane.steps.get(lane.finished).copied()
+    }
+
+    /// The bytes of a step that may be worked on now, as (action, first byte of the span, how many). For an action
+    /// within this rank, its other span is moved along.
+    pub fn ready(&self, index: usize) -> (Action, Span) {
+        let step = &self.steps[index];
+        let done = self.done[index];
+        let mut len = step.span.len - done;
+        for hazard in &self.hazards[index] {
+            let (from, earlier_done) = (hazard.from, self.done[hazard.earlier]);
+            let end = from + self.steps[hazard.earlier].span.len;
+            let reached = from + earlier_done;
+            let here = hazard.mine + done;
+            if reached < end && here < end {
+                len = len.min(reached.saturating_sub(here));
+            }
+        }
+        let forward = |span: Span| Span { region: span.region, start: span.start + done, len };
+        let action = match step.action {
+            Action::Copy(from) => Action::Copy(forward(from)),
+            Action::Reduce(from) => Action::Reduce(forward(from)),
+            other => other,
+        };
+        (action, forward(step.span))
+    }
+
+    /// Notes that `bytes` more of the lane's step are done; says whether the step is finished.
+    pub fn advance(&mut self, lane: usize, bytes: usize) -> bool {
+        let Some(index) = self.front(lane) else { return true };
+        self.done[index] += bytes;
+        let finished = self.done[index] >= self.steps[index].span.len;
+        if finished {
+            self.lanes[lane].finished += 1;
+        }
+        finished
+    }
+
+    /// Bytes sent and received so far.
+    pub fn bytes_done(&self) -> u64 {
+        self.done.iter().map(|done| *done as u64).sum()
+    }
+}
+
+fn hazards_of(earlier: &[Step], step: &Step) -> Vec<Hazard> {
+    let (reads, writes) = step.touches();
+    let mut hazards = Vec::new();
+    for (index, before) in earlier.iter().enumerate() {
+        let (was_read, was_written) = before.touches();
+        for (mine, theirs) in [(reads, was_written), (writes, was_read), (writes, was_written)] {
+            if let (Some(mine), Some(theirs)) = (mine, theirs)
+                && mine.overlaps(&theirs)
+            {
+                hazards.push(Hazard { earlier: index, from: theirs.start, mine: mine.start });
+            }
+        }
+    }
+    hazards
+}
+
+#[cfg(test)]
+mod tests {
+    //! Every schedule is run by all its ranks in memory, with random lanes and random short pieces, over numbers that
+    //! stand for sets of ranks. A missing hazard, a double addition or a deadlock shows as a wrong set.
+
+    use std::collections::VecDeque;
+
+    use consort_base::Philox;
+
+    use super::super::*;
+    use super::*;
+
+    struct Node {
+        plan: Plan,
+        regions: [Vec<u8>; 3],
+    }
+
+    fn run(mut nodes: Vec<Node>, random: &mut impl FnMut(usize) -> usize) -> Vec<Vec<u8>> {
+        let n = nodes.len();
+        let mut wires: Vec<VecDeque<u8>> = vec![VecDeque::new(); n * n];
+        let mut idle = 0;
+        while nodes.iter().any(|node| (0..node.plan.lanes.len()).any(|lane| node.plan.front(lane).is_some()))
+        {
+            assert!(idle < 200_000, "deadlock");
+            idle += 1;
+            let rank = random(n);
+            let node = &mut nodes[rank];
+            let lane = random(node.plan.lanes.len().max(1));
+            if node.plan.lanes.is_empty() {
+                continue;
+            }
+            let Some(index) = node.plan.front(lane) else { continue };
+            let (action, span) = node.plan.ready(index);
+            let mut len = if span.len == 0 { 0 } else { random(span.len) + 1 };
+            if let Action::Recv(from) | Action::RecvReduce(from) = action {
+                len = len.min(wires[from * n + rank].len());
+            }
+            let at = span.region as usize;
+            for i in span.start..span.start + len {
+                let offset = i - span.start;
+                match action {
+                    Action::Send(to) => wires[rank * n + to].push_back(node.regions[at][i]),
+                    Action::Recv(from) => node.regions[at][i] = wires[from * n + rank].pop_front().unwrap(),
+                    Action::RecvReduce(from) => {
+                        let byte = wires[from * n + rank].pop_front().unwrap();
+                        node.regions[at][i] = node.regions[at][i].wrapping_add(byte);
+                    }
+                    Action::Copy(other) => {
+                        node.regions[at][i] = node.regions[other.region as usize][other.start + offset]
+                    }
+                    Action::Reduce(other) => {
+                        let byte = node.regions[other.region as usize][other.start + offset];
+                        node.regions[at][i] = node.regions[at][i].wrapping_add(byte);
+                    }
+                }
+            }
+            if len > 0 {
+                idle = 0;
+            }
+            node.plan.advance(lane, len);
+        }
+        assert!(wires.iter().all(VecDeque::is_empty), "bytes that nobody took");
+        nodes.into_iter().map(|node| node.regions.into_iter().next().unwrap()).collect()
+    }
+
+    fn random(seed: u64) -> impl FnMut(usize) -> usize {
+        let mut philox = Philox::new(seed, 0);
+
+        move |below| philox.next_u64() as usize % below
+    }
+
+    #[test]
+    fn every_reduction_adds_every_rank_once() {
+        for world_size in 1..=9 {
+            for count in [0, 1, 5, 37] {
+                for algorithm in Algorithm::ALL {
+                    for seed in 0..6 {
+                        let nodes = (0..world_size)
+                            .map(|rank| {
+                                let shape = Shape { rank, world_size, count, width: 1 };
+                                let plan = Plan::new(all_reduce(algorithm, shape));
+                                let main = (0..count).map(|i| (1 << (rank % 8)) + i as u8).collect();
+                                Node { regions: [main, vec![], vec![0; plan.scratch_bytes]], plan }
+                            })
+                            .collect();
+                        let want: Vec<u8> = (0..count)
+                            .map(|i| {
+                                (0..world_size).fold(0u8, |a, r| a.wrapping_add((1 << (r % 8)) + i as u8))
+                            })
+                            .collect();
+                        for (rank, got) in run(nodes, &mut random(seed)).into_iter().enumerate() {
+                            assert_eq!(got, want, "{algorithm:?} rank {rank} of {world_size} seed {seed}");
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_later_round_starts_before_the_earlier_one_ends() {
+        let shape = Shape { rank: 0, world_size: 3, count: 300, width: 1 };
+        let mut plan = Plan::new(all_reduce(Algorithm::Ring, shape));
+        // Lane 0 sends, lane 1 receives. Ten bytes of the first chunk have come: round two may send those ten.
+        plan.advance(0, 100);
+        plan.advance(1, 10);
+        let (action, span) = plan.ready(plan.front(0).unwrap());
+        assert_eq!((action, span.len), (Action::Send(1), 10));
+    }
+}

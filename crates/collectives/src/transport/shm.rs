@@ -1,0 +1,279 @@
+//! Shared memory on one host: a ring of bytes for each ordered pair of ranks, in a memory file that all ranks map.
+//!
+//! The sender copies into the ring, the receiver adds straight out of it into its buffer: one copy and one read a byte
+//! and hop. Rings are small enough to stay in a core's cache, so main memory is touched for the callers' buffers
+//! alone. Single-copy through the kernel (`process_vm_readv`, CMA; XPMEM in Open MPI's `coll/xhc`) saves the copy for
+//! large messages, but asks for the right to read another process's memory, which containers deny; and the copy into
+//! cache is cheap next to the two passes over main memory that any all-reduce makes.
+//!
+//! One producer and one consumer a ring: a head and a tail, each written by one side and on a cache line of its own.
+//! A waiter spins for some microseconds, then sleeps on a futex, its *doorbell*; who moves a head or tail rings it if
+//! the other side says that it sleeps.
+//!
+//! Peers are trusted as far as the memory goes (they have the job's token and this file): a wrong head or tail is an
+//! error, wrong bytes are wrong sums. Nobody can make the file shorter (it is sealed), so no access can fault.
+//!
+//! Memory: n·(n−1) rings, of which a page counts once it is used.
+
+mod mapping;
+mod stream;
+
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::sync::atomic::{Ordering, fence};
+use std::time::Duration;
+
+pub(crate) use mapping::{Mapping, receive_fd, send_fd};
+
+use super::{ReduceFn, Transport, TransportKind, Waker};
+use crate::error::{Error, Fault};
+
+/// Streams begin at multiples of this, so that elements never straddle a ring's end.
+const ALIGN: u64 = 64;
+/// Bytes copied before the other side is told: small enough that both work at once.
+const PIECE: usize = 128 << 10;
+/// A receive into more bytes than this goes past the caches.
+const STREAM: usize = 2 << 20;
+
+#[derive(Default, Clone, Copy)]
+struct Out {
+    /// Bytes ever written, and how many of them the receiver was told of.
+    head: u64,
+    published: u64,
+    /// The receiver's position when last looked at.
+    tail: u64,
+}
+
+#[derive(Default, Clone, Copy)]
+struct In {
+    tail: u64,
+    head: u64,
+}
+
+/// One rank's end of the shared memory.
+pub(crate) struct SharedMemory {
+    map: Arc<Mapping>,
+    rank: usize,
+    outs: Vec<Out>,
+    ins: Vec<In>,
+    /// The doorbell's count when the last wait ended.
+    heard: u32,
+    spins: u32,
+    yields: u32,
+}
+
+impl SharedMemory {
+    /// Creates the memory file of an epoch; its descriptor goes to the other ranks.
+    pub(crate) fn create(epoch: u64, world_size: usize) -> Result<(Self, OwnedFd), Error> {
+        let (map, fd) = Mapping::create(epoch, world_size)?;
+        Ok((Self::over(map, 0), fd))
+    }
+
+    /// Maps the file that rank 0 made.
+    pub(crate) fn open(fd: OwnedFd, epoch: u64, rank: usize, world_size: usize) -> Result<Self, Error> {
+        Ok(Self::over(Mapping::open(fd, epoch, world_size)?, rank))
+    }
+
+    fn over(map: Mapping, rank: usize) -> Self {
+        let world_size = map.world_size();
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        // Spinning pays where the peer runs meanwhile. With more ranks than cores it steals the peer's time.
+        let (spins, yields) = if world_size <= cores { (4000, 0) } else { (60, 4) };
+        Self {
+            map: Arc::new(map),
+            rank,
+            outs: vec![Out::default(); world_size],
+            ins: vec![In::default(); world_size],
+            heard: 0,
+            spins,
+            yields,
+        }
+    }
+
+    fn capacity(&self) -> u64 {
+        self.map.ring_bytes() as u64
+    }
+
+    /// Free bytes towards `to`, looking at the receiver's position if fewer than `want` are known.
+    fn room(&mut self, to: usize, want: u64) -> Result<u64, Fault> {
+        let capacity = self.capacity();
+        let out = &mut self.outs[to];
+        if capacity - (out.head - out.tail) < want {
+            let tail = self.map.tail(self.rank, to).load(Ordering::Acquire);
+            if tail < out.tail || tail > out.published {
+                let what =
+                    format!("position {tail} outside {}..={} of the shared ring", out.tail, out.published);
+                return Err(Fault::Corrupt { peer: to, what });
+            }
+            out.tail = tail;
+        }
+        Ok(capacity - (out.head - out.tail))
+    }
+
+    /// Bytes that are here from `from`, looking at the sender's position if fewer than `want` are known.
+    fn available(&mut self, from: usize, want: u64) -> Result<u64, Fault> {
+        let capacity = self.capacity();
+        let inn = &mut self.ins[from];
+        if inn.head.saturating_sub(inn.tail) < want {
+            let head = self.map.head(from, self.rank).load(Ordering::Acquire);
+            if head < inn.head || head.saturating_sub(inn.tail) > capacity + ALIGN {
+                let what = format!("position {head} of the shared ring, after {}", inn.tail);
+                return Err(Fault::Corrupt { peer: from, what });
+            }
+            inn.head = head;
+        }
+        Ok(inn.head.saturating_sub(inn.tail))
+    }
+
+    fn publish(&mut self, to: usize) {
+        let out = &mut self.outs[to];
+        if out.published != out.head {
+            out.published = out.head;
+            self.map.head(self.rank, to).store(out.head, Ordering::Release);
+            self.map.ring_if_asleep(to);
+        }
+    }
+
+    fn consume(&mut self, from: usize, bytes: usize) {
+        self.ins[from].tail += bytes as u64;
+        self.map.tail(from, self.rank).store(self.ins[from].tail, Ordering::Release);
+        self.map.ring_if_asleep(from);
+    }
+
+    fn write(&mut self, to: usize, bytes: &[u8]) {
+        let out = &mut self.outs[to];
+        self.map.write(self.rank, to, out.head, bytes);
+        out.head += bytes.len() as u64;
+    }
+
+    fn is_ready(&self, sends: &[usize], recvs: &[usize]) -> bool {
+        recvs
+            .iter()
+            .any(|from| self.map.head(*from, self.rank).load(Ordering::Acquire) > self.ins[*from].tail)
+            || sends.iter().any(|to| {
+                let out = &self.outs[*to];
+                let tail = self.map.tail(self.rank, *to).load(Ordering::Acquire);
+                out.head.saturating_sub(tail) + 2 * ALIGN <= self.capacity()
+            })
+    }
+}
+
+impl Transport for SharedMemory {
+    fn kind(&self) -> TransportKind {
+        TransportKind::SharedMemory
+    }
+
+    fn open_send(&mut self, to: usize, header: &[u8; 64]) -> Result<bool, Fault> {
+        if self.room(to, 2 * ALIGN)? < 2 * ALIGN {
+            return Ok(false);
+        }
+        let out = &mut self.outs[to];
+        out.head = out.head.next_multiple_of(ALIGN);
+        // The receiver is told together with the first bytes, or by a flush: one message for short vectors.
+        self.write(to, header);
+        Ok(true)
+    }
+
+    fn open_recv(&mut self, from: usize) -> Result<Option<[u8; 64]>, Fault> {
+        let inn = &mut self.ins[from];
+        inn.tail = inn.tail.next_multiple_of(ALIGN);
+        if self.available(from, ALIGN)? < ALIGN {
+            return Ok(None);
+        }
+        let mut header = [0; 64];
+        header.copy_from_slice(self.map.readable(from, self.rank, self.ins[from].tail, ALIGN as usize));
+        self.ins[from].tail += ALIGN;
+        let tail = self.ins[from].tail;
+        self.map.tail(from, self.rank).store(tail, Ordering::Release);
+        // The bytes that follow will ring the bell; a run of empty streams does it now and then.
+        if tail % (self.capacity() / 4) < ALIGN {
+            self.map.ring_if_asleep(from);
+        }
+        Ok(Some(header))
+    }
+
+    fn send(&mut self, to: usize, bytes: &[u8]) -> Result<usize, Fault> {
+        let want = bytes.len().min(PIECE);
+        let room = self.room(to, want as u64)? as usize;
+        let len = want.min(room);
+        if len > 0 {
+            self.write(to, &bytes[..len]);
+        }
+        self.publish(to);
+        Ok(len)
+    }
+
+    fn recv(&mut self, from: usize, into: &mut [u8]) -> Result<usize, Fault> {
+        let large = into.len() > STREAM;
+        let want = into.len().min(PIECE);
+        let here = self.available(from, want as u64)? as usize;
+        let bytes = self.map.readable(from, self.rank, self.ins[from].tail, want.min(here));
+        let len = bytes.len();
+        if len > 0 {
+            if large {
+                stream::copy(&mut into[..len], bytes);
+            } else {
+                into[..len].copy_from_slice(bytes);
+            }
+            self.consume(from, len);
+        }
+        Ok(len)
+    }
+
+    fn recv_reduce(
+        &mut self,
+        from: usize,
+        into: &mut [u8],
+        width: usize,
+        reduce: ReduceFn,
+    ) -> Result<usize, Fault> {
+        let want = into.len().min(PIECE);
+        let here = self.available(from, want as u64)? as usize;
+        let len = want.min(here) / width * width;
+        let bytes = self.map.readable(from, self.rank, self.ins[from].tail, len);
+        let len = bytes.len();
+        if len > 0 {
+            reduce(&mut into[..len], bytes);
+            self.consume(from, len);
+        }
+        Ok(len)
+    }
+
+    fn flush(&mut self, to: usize) -> Result<bool, Fault> {
+        self.publish(to);
+        Ok(true)
+    }
+
+    fn wait(&mut self, sends: &[usize], recvs: &[usize], timeout: Duration) {
+        let bell = self.map.doorbell(self.rank);
+        for spin in 0..self.spins {
+            if self.is_ready(sends, recvs) {
+                return;
+            }
+            if spin % 64 == 63 && bell.load(Ordering::Acquire) != self.heard {
+                break;
+            }
+            std::hint::spin_loop();
+        }
+        for _ in 0..self.yields {
+            std::thread::yield_now();
+            if self.is_ready(sends, recvs) {
+                return;
+            }
+        }
+        let asleep = self.map.asleep(self.rank);
+        asleep.store(1, Ordering::SeqCst);
+        // Pairs with the fence in `ring_if_asleep`: either we see the new position, or the peer sees that we sleep.
+        fence(Ordering::SeqCst);
+        if !self.is_ready(sends, recvs) && bell.load(Ordering::SeqCst) == self.heard {
+            self.map.sleep(self.rank, self.heard, timeout);
+        }
+        asleep.store(0, Ordering::Relaxed);
+        self.heard = bell.load(Ordering::SeqCst);
+    }
+
+    fn waker(&self) -> Waker {
+        let (map, rank) = (Arc::clone(&self.map), self.rank);
+        Arc::new(move || map.ring(rank))
+    }
+}

@@ -1,0 +1,181 @@
+//! What happens to the others when a process dies, stops, lies or is a stranger. Ranks are real processes: this test
+//! starts itself again ([`common::worker`]).
+
+#![allow(clippy::unwrap_used, clippy::print_stdout, missing_docs)]
+
+mod common;
+
+use std::io::Write;
+use std::net::TcpStream;
+use std::time::{Duration, Instant};
+
+use common::worker::{Worker, clock_us};
+use common::{KINDS, TOKEN, options, store, world};
+use consort_collectives::{Error, Group, JoinOptions, ReduceOp, TransportKind};
+
+#[test]
+fn worker_process() {
+    common::worker::live();
+}
+
+/// Four workers reduce; one gets a signal; three must fail naming it, form an epoch of three, and add.
+fn one_of_four(kind: TransportKind, signal: &str) {
+    let store = store(4);
+    let mut workers: Vec<Worker> =
+        (0..4).map(|_| Worker::start(&store.address().to_string(), Some(kind), None)).collect();
+    let ranks: Vec<usize> =
+        workers.iter_mut().map(|w| w.says("joined").split(' ').next().unwrap().parse().unwrap()).collect();
+    // They are in the middle of reducing: any moment will do, and each run takes another one.
+    let victim = 2;
+    let struck = clock_us();
+    workers[victim].signal(signal);
+    let mut slowest = 0;
+    for (index, worker) in workers.iter_mut().enumerate() {
+        if index == victim {
+            continue;
+        }
+        let words = worker.says("failed");
+        let (at, rest) = words.split_once(' ').unwrap();
+        slowest = slowest.max(at.parse::<u128>().unwrap() - struck);
+        assert!(rest.starts_with(&format!("Some({})", ranks[victim])), "{rest}");
+        assert!(rest.contains("all_reduce (sum) of 200000 f32") && rest.contains("call "), "{rest}");
+        assert!(rest.contains(&format!("rank {} of epoch 1", ranks[index])), "{rest}");
+    }
+    println!("{} kill {signal}: error on all three after {:.1} ms", kind.name(), slowest as f64 / 1e3);
+    for (index, worker) in workers.iter_mut().enumerate() {
+        if index != victim {
+            assert_eq!(worker.says("reformed"), "2 3 3");
+        }
+    }
+    // The speed is printed, not judged; this only says that nobody waited for the call's deadline of a minute.
+    assert!(slowest < 20_000_000);
+}
+
+#[test]
+fn a_killed_process_is_an_error_on_all_ranks_and_the_rest_goes_on_over_shared_memory() {
+    one_of_four(KINDS[0], "-KILL");
+}
+
+#[test]
+fn a_killed_process_is_an_error_on_all_ranks_and_the_rest_goes_on_over_tcp() {
+    one_of_four(KINDS[1], "-KILL");
+}
+
+#[test]
+fn a_stopped_process_is_an_error_by_the_deadline_and_is_fenced_over_shared_memory() {
+    one_of_four(KINDS[0], "-STOP");
+}
+
+#[test]
+fn a_stopped_process_is_an_error_by_the_deadline_and_is_fenced_over_tcp() {
+    one_of_four(KINDS[1], "-STOP");
+}
+
+#[test]
+fn a_killed_process_is_an_error_on_all_ranks_and_the_rest_goes_on_over_tls() {
+    one_of_four(KINDS[2], "-KILL");
+}
+
+#[test]
+fn different_calls_are_told_apart_on_every_rank() {
+    for kind in KINDS {
+        let said = world(kind, 3, |mut group| {
+            let mut buffer = [0f32; 40];
+            let len = if group.rank() == 1 { 39 } else { 40 };
+            group.all_reduce(&mut buffer[..len], ReduceOp::Sum).unwrap_err()
+        });
+        assert!(said.iter().any(|e| matches!(e, Error::Mismatch { .. })), "{said:?}");
+        for error in &said {
+            let text = error.to_string();
+            assert!(text.contains("of 39 f32") && text.contains("of 40 f32"), "{text}");
+        }
+        let said = world(kind, 4, |mut group| {
+            let mut buffer = [0f32; 40];
+            let called = match group.rank() {
+                2 => group.broadcast(&mut buffer, 2),
+                _ => group.all_reduce(&mut buffer, ReduceOp::Sum),
+            };
+            // A root that has sent everything is done before anyone can object; it learns of it in its next call.
+            called.and_then(|()| group.barrier()).unwrap_err()
+        });
+        for error in &said {
+            let text = error.to_string();
+            assert!(text.contains("broadcast from root 2") && text.contains("all_reduce (sum)"), "{text}");
+        }
+    }
+}
+
+#[test]
+fn a_rank_that_does_not_call_costs_its_deadline_and_is_named() {
+    for kind in KINDS {
+        let said = world(kind, 3, |mut group| {
+            group.set_deadline(Duration::from_millis(150));
+            let (done, wait) = (group.rank() == 1, Duration::from_millis(600));
+            if done {
+                // It computes for too long: no event ends that but time.
+                std::thread::sleep(wait);
+                return None;
+            }
+            Some(group.barrier().unwrap_err().to_string())
+        });
+        for text in said.into_iter().flatten() {
+            assert!(
+                text.contains("rank 1 (alive, not waiting in a call)") || text.contains("gave up"),
+                "{text}"
+            );
+        }
+    }
+}
+
+#[test]
+fn a_rank_that_leaves_is_lost_to_those_who_still_need_it_and_to_nobody_else() {
+    for kind in KINDS {
+        world(kind, 3, |mut group| {
+            let mut buffer = [group.rank() as i32; 50_000];
+            group.broadcast(&mut buffer, 0).unwrap();
+            assert_eq!(buffer[49_999], 0, "what the root left behind still arrives");
+            if group.rank() == 0 {
+                return;
+            }
+            let error = group.barrier().unwrap_err();
+            assert_eq!(error.lost_rank(), Some(0), "{error}");
+        });
+    }
+}
+
+#[test]
+fn strangers_and_garbage_are_refused_and_the_job_goes_on() {
+    let store = store(2);
+    let address = store.address();
+    let wrong = JoinOptions {
+        join_deadline: Duration::from_secs(10),
+        ..JoinOptions::new(address.to_string(), b"guess")
+    };
+    let refused = Group::join(wrong).unwrap_err();
+    assert!(matches!(&refused, Error::Refused { what, .. } if what.contains("token")), "{refused}");
+    for garbage in [&b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"[..], &[0xff; 4096], b"CSC1\x01\0\0\0short"] {
+        let mut stream = TcpStream::connect(address).unwrap();
+        // The store may hang up in the middle of it.
+        let _ = stream.write_all(garbage);
+    }
+    std::thread::scope(|scope| {
+        for _ in 0..2 {
+            scope.spawn(|| {
+                let mut group = Group::join(options(&store, TransportKind::Tcp)).unwrap();
+                group.barrier().unwrap();
+            });
+        }
+    });
+}
+
+#[test]
+fn nobody_comes_and_the_wait_ends() {
+    let store = store(2);
+    let limit = Duration::from_millis(200);
+    let alone = JoinOptions { join_deadline: limit, ..JoinOptions::new(store.address().to_string(), TOKEN) };
+    let started = Instant::now();
+    assert!(matches!(Group::join(alone.clone()).unwrap_err(), Error::Rendezvous { .. }));
+    drop(store);
+    assert!(matches!(Group::join(alone).unwrap_err(), Error::Rendezvous { .. } | Error::Refused { .. }));
+    assert!(started.elapsed() < Duration::from_secs(30));
+}
