@@ -34,6 +34,9 @@ pub enum Error {
     /// The model refused a batch, or memory was refused.
     #[error(transparent)]
     Model(#[from] consort_model::Error),
+    /// The data is wrong, or can't be read.
+    #[error(transparent)]
+    Data(#[from] crate::data::DataError),
     /// Memory was refused.
     #[error(transparent)]
     Tensor(#[from] consort_tensor::Error),

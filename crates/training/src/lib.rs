@@ -1,9 +1,10 @@
-//! Training: optimizers with their state, schedules, and the step that ties them to a decoder.
+//! Training: data as samples of tokens, optimizers with their state, schedules, and the step that ties them to a decoder.
 //!
 //! A step takes micro-batches of packed sequences with a weight a row, adds their losses, weights and gradients, and
 //! divides by the sum of weights at the end. So how a step's sequences are cut into micro-batches doesn't change what
 //! it means, and a trainer on several machines has plain sums to reduce.
 
+pub mod data;
 mod error;
 mod optimizer;
 mod schedule;
