@@ -42,6 +42,9 @@ enum Chore {
         #[arg(long, default_value_t = 60)]
         seconds: u64,
     },
+    /// Sends chat requests at a rate; a part of `peers gateway`.
+    #[command(hide = true)]
+    OpenLoop(peers::OpenLoop),
     /// Holds the crates' dependencies to the table in ARCHITECTURE.md.
     Graph,
 }
@@ -51,6 +54,7 @@ fn main() -> ExitCode {
     let done = match arguments.chore {
         Chore::Test { only } => stages::test(&root(), only),
         Chore::Peers(arguments) => peers::compare(&root(), &arguments),
+        Chore::OpenLoop(load) => load.run(),
         Chore::Overload { seconds } => overload::flood(&root(), seconds),
         Chore::Graph => graph::check(&root()).map(|floors| println!("{floors} crates stand on their floors")),
     };

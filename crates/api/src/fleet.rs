@@ -86,6 +86,21 @@ pub struct FleetReplica {
     /// No new requests; what runs there may finish.
     #[serde(default)]
     pub draining: bool,
+    /// What it understands.
+    #[serde(default)]
+    pub protocol: Protocol,
+}
+
+/// What a replica understands beside OpenAI's API.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Protocol {
+    /// Token ids in streams, and answers that go on behind them: an answer outlives its replica.
+    #[default]
+    Consort,
+    /// Nothing: it gets the request as its client sent it, and what it says is passed on. A request that it fails before
+    /// the answer began is sent elsewhere; an answer that had begun can't be continued.
+    OpenAi,
 }
 
 impl std::fmt::Debug for FleetReplica {
@@ -97,6 +112,7 @@ impl std::fmt::Debug for FleetReplica {
             .field("key", &self.key.as_ref().map(|_| "…"))
             .field("slow_start_ms", &self.slow_start_ms)
             .field("draining", &self.draining)
+            .field("protocol", &self.protocol)
             .finish()
     }
 }

@@ -25,7 +25,7 @@ pub use completion::{Completion, CompletionChoice, CompletionLogprobs};
 pub use error::{ErrorBody, ErrorObject};
 pub use fleet::{
     BreakerState, Fleet, FleetModel, FleetReplica, FleetSnapshot, FleetVersion, GatewayTotals, Latency,
-    ModelSnapshot, Numerics, ReadyReport, ReplicaSnapshot, ReplicaState, Shadow, ShadowSnapshot,
+    ModelSnapshot, Numerics, Protocol, ReadyReport, ReplicaSnapshot, ReplicaState, Shadow, ShadowSnapshot,
     VersionSnapshot,
 };
 pub use keys::{ApiKeyRecord, KeyLimits};

@@ -1,13 +1,17 @@
-//! Replicas of which only the addresses are known: asks each for the model it serves, and groups them by it.
+//! Servers of which only the addresses are known: asks each what it is and serves, and groups them by model.
 //!
-//! For a gateway before replicas that somebody else runs. One that can't be asked yet is asked again until it can;
+//! For a gateway before replicas that somebody else runs, or before other servers of OpenAI's API. One that can't be asked yet is asked again until it can;
 //! one that is started anew with another model moves to it.
 
 use std::sync::Arc;
 use std::time::Duration;
 
-use consort_api::{Fleet, FleetModel, FleetReplica, FleetVersion, Numerics, ReadyReport};
+use bytes::Bytes;
+use consort_api::{
+    ErrorBody, Fleet, FleetModel, FleetReplica, FleetVersion, Numerics, Protocol, ReadyReport,
+};
 use http_body_util::{BodyExt as _, Limited};
+use hyper::StatusCode;
 
 use crate::fleet::FleetError;
 use crate::proxy::upstream::{AddressError, SendError, Upstream};
@@ -42,14 +46,14 @@ impl Discovery {
 
     /// Asks for ever and keeps the gateway's fleet to what was answered.
     pub async fn run(self, gateway: Arc<Gateway>) {
-        let mut models: Vec<Option<String>> = vec![None; self.replicas.len()];
+        let mut found: Vec<Option<Found>> = vec![None; self.replicas.len()];
         loop {
             let mut changed = false;
-            for (replica, known) in self.replicas.iter().zip(&mut models) {
+            for (replica, known) in self.replicas.iter().zip(&mut found) {
                 match ask(replica).await {
-                    Ok(Some(model)) if known.as_deref() != Some(&model) => {
-                        tracing::info!(replica = replica.id, model, "found a replica");
-                        *known = Some(model);
+                    Ok(answer) if known.as_ref() != Some(&answer) => {
+                        tracing::info!(replica = replica.id, ?answer, "found a server");
+                        *known = Some(answer);
                         changed = true;
                     }
                     // One that is down keeps its place: the gateway watches it.
@@ -57,51 +61,110 @@ impl Discovery {
                     Err(error) => tracing::debug!(replica = replica.id, ?error, "no answer yet"),
                 }
             }
-            if changed && let Err(error) = gateway.set_fleet(&self.fleet(&models)) {
+            if changed && let Err(error) = gateway.set_fleet(&self.fleet(&found)) {
                 tracing::error!(%error, "the replicas found make no fleet");
             }
             tokio::time::sleep(ROUND).await;
         }
     }
 
-    fn fleet(&self, models: &[Option<String>]) -> Fleet {
+    fn fleet(&self, found: &[Option<Found>]) -> Fleet {
         let mut fleet = Fleet::default();
-        for (replica, name) in self.replicas.iter().zip(models) {
-            let Some(name) = name else { continue };
-            if !fleet.models.iter().any(|model| model.name == *name) {
-                fleet.models.push(FleetModel {
-                    name: name.clone(),
-                    aliases: Vec::new(),
-                    versions: vec![FleetVersion {
-                        name: fleet::ONLY_VERSION.to_owned(),
-                        weight: 1,
-                        numerics: self.numerics,
-                        on_trial: false,
-                        replicas: Vec::new(),
-                    }],
-                    shadow: None,
-                });
-            }
-            for model in fleet.models.iter_mut().filter(|model| model.name == *name) {
-                model.versions[0].replicas.push(replica.clone());
+        for (replica, found) in self.replicas.iter().zip(found) {
+            let Some(Found { protocol, models }) = found else { continue };
+            for (i, name) in models.iter().enumerate() {
+                if !fleet.models.iter().any(|model| model.name == *name) {
+                    fleet.models.push(FleetModel {
+                        name: name.clone(),
+                        aliases: Vec::new(),
+                        versions: vec![FleetVersion {
+                            name: fleet::ONLY_VERSION.to_owned(),
+                            weight: 1,
+                            numerics: self.numerics,
+                            on_trial: false,
+                            replicas: Vec::new(),
+                        }],
+                        shadow: None,
+                    });
+                }
+                // A server of several models is one replica of each.
+                let id = if i == 0 { replica.id.clone() } else { format!("{}/{name}", replica.id) };
+                for model in fleet.models.iter_mut().filter(|model| model.name == *name) {
+                    let replica = FleetReplica { id: id.clone(), protocol: *protocol, ..replica.clone() };
+                    model.versions[0].replicas.push(replica);
+                }
             }
         }
         fleet
     }
 }
 
-/// The model a replica serves; none while it loads.
-async fn ask(replica: &FleetReplica) -> Result<Option<String>, AskError> {
+/// What a server is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Found {
+    protocol: Protocol,
+    /// Each once.
+    models: Vec<String>,
+}
+
+/// Models of one server.
+const MAX_MODELS: usize = 1024;
+
+/// What another server's list of models is read for.
+#[derive(serde::Deserialize)]
+struct Listed {
+    data: Vec<ListedModel>,
+}
+
+#[derive(serde::Deserialize)]
+struct ListedModel {
+    id: String,
+}
+
+/// What is at an address: a replica, by its `/ready`, or a server of OpenAI's API, by its list of models.
+async fn ask(replica: &FleetReplica) -> Result<Found, AskError> {
     let upstream = Upstream::new(&replica.url, replica.key.as_deref()).map_err(AskError::Address)?;
+    let (_, body) = get(&upstream, "/ready").await?;
+    // A replica that loads answers with an error's envelope or without a name: it is asked again.
+    match serde_json::from_slice::<ReadyReport>(&body) {
+        Ok(report) if !report.model.is_empty() => {
+            return Ok(Found { protocol: Protocol::Consort, models: vec![report.model] });
+        }
+        _ if is_replica(&body) => return Err(AskError::Loading),
+        _ => {}
+    }
+    let (status, body) = get(&upstream, "/v1/models").await?;
+    let listed: Listed = serde_json::from_slice(&body).map_err(|_| AskError::Models(status))?;
+    let mut models: Vec<String> = Vec::new();
+    for model in listed.data.into_iter().take(MAX_MODELS) {
+        if !model.id.is_empty() && !models.contains(&model.id) {
+            models.push(model.id);
+        }
+    }
+    if models.is_empty() {
+        Err(AskError::Models(status))
+    } else {
+        Ok(Found { protocol: Protocol::OpenAi, models })
+    }
+}
+
+/// Whether what answered `/ready` without naming a model is a replica all the same: it loads, or shuts down.
+fn is_replica(body: &[u8]) -> bool {
+    let code = serde_json::from_slice::<ErrorBody>(body).ok().and_then(|body| body.error.code);
+    let status = serde_json::from_slice::<ReadyReport>(body).map(|report| report.status).unwrap_or_default();
+    matches!(code.as_deref(), Some("loading" | "draining" | "unavailable" | "load_failed"))
+        || matches!(status.as_str(), "loading" | "draining")
+}
+
+async fn get(upstream: &Upstream, path: &'static str) -> Result<(StatusCode, Bytes), AskError> {
     let asking = async {
         let mut connection = upstream.connect(PATIENCE).await.map_err(AskError::Send)?;
         let mut request = hyper::Request::new(http_body_util::Full::default());
-        *request.uri_mut() = hyper::Uri::from_static("/ready");
+        *request.uri_mut() = hyper::Uri::from_static(path);
         let response = upstream.send(&mut connection, request).await.map_err(AskError::Send)?;
-        let body =
-            Limited::new(response.into_body(), 64 << 10).collect().await.map_err(|_| AskError::Body)?;
-        let report: ReadyReport = serde_json::from_slice(&body.to_bytes()).map_err(|_| AskError::Body)?;
-        Ok(Some(report.model).filter(|model| !model.is_empty()))
+        let status = response.status();
+        let body = Limited::new(response.into_body(), 1 << 20).collect().await.map_err(|_| AskError::Body)?;
+        Ok((status, body.to_bytes()))
     };
     tokio::time::timeout(PATIENCE, asking).await.unwrap_or(Err(AskError::Late))
 }
@@ -111,6 +174,8 @@ async fn ask(replica: &FleetReplica) -> Result<Option<String>, AskError> {
 enum AskError {
     Address(#[expect(dead_code, reason = "printed by Debug")] AddressError),
     Send(#[expect(dead_code, reason = "printed by Debug")] SendError),
+    Models(#[expect(dead_code, reason = "printed by Debug")] StatusCode),
+    Loading,
     Body,
     Late,
 }

@@ -4,6 +4,7 @@
 //! A then B within seconds, because machines drift; the ratio quoted is the median of the pairs' ratios. Nothing
 //! else should run meanwhile.
 
+mod gateway;
 mod llama;
 mod measure;
 mod table;
@@ -15,6 +16,7 @@ use anyhow::{Context, Result, bail};
 use clap::{Args, ValueEnum};
 
 use crate::command::{cargo, run, target_folder};
+pub(crate) use gateway::OpenLoop;
 use llama::{Llama, ModelFile};
 use table::{Better, Row};
 
@@ -55,6 +57,8 @@ enum Peer {
     /// llama.cpp, from its Python source package.
     #[value(name = "llama.cpp")]
     LlamaCpp,
+    /// nginx, HAProxy and LiteLLM, beside `consort gateway`.
+    Gateway,
 }
 
 /// A group of rows.
@@ -79,9 +83,12 @@ struct Sides {
 
 /// Sets both sides up, measures, and writes docs/peers-llama.cpp.md.
 pub(crate) fn compare(root: &Path, arguments: &PeersArguments) -> Result<()> {
-    let Peer::LlamaCpp = arguments.peer;
     if arguments.pairs == 0 {
         bail!("--pairs must be at least 1");
+    }
+    match arguments.peer {
+        Peer::LlamaCpp => {}
+        Peer::Gateway => return gateway::compare(root, arguments),
     }
     let work = target_folder(root).join("peers");
     fs::create_dir_all(&work).with_context(|| format!("cannot make {}", work.display()))?;

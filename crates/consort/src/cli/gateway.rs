@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use clap::Args;
-use consort_api::{ApiKeyRecord, FleetReplica, KeyLimits, Numerics};
+use consort_api::{ApiKeyRecord, FleetReplica, KeyLimits, Numerics, Protocol};
 use consort_gateway::{Discovery, Gateway as Door, Settings, Tls};
 
 use crate::cli::UsageError;
@@ -117,6 +117,7 @@ impl Gateway {
             key: key.clone(),
             slow_start_ms: 0,
             draining: false,
+            protocol: Protocol::Consort,
         };
         let numerics = if self.any_class { Numerics::AnyClass } else { Numerics::SameClass };
         Discovery::new(self.upstreams.iter().map(replica).collect(), numerics)

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use consort_api::deployment::{Deployment, TlsFiles, Version};
-use consort_api::{Fleet, FleetModel, FleetReplica, FleetVersion, ModelSnapshot, Numerics};
+use consort_api::{Fleet, FleetModel, FleetReplica, FleetVersion, ModelSnapshot, Numerics, Protocol};
 use consort_control::autoscale::{self, History, Load};
 use consort_control::keeper::Keeper;
 use consort_control::launch::{self, Located};
@@ -487,6 +487,7 @@ fn fleet(deployment: &Deployment, rollouts: &Rollouts, routes: &[Route], key: &s
                 key: Some(key.to_owned()),
                 slow_start_ms: 0,
                 draining: route.draining,
+                protocol: Protocol::Consort,
             })
             .collect(),
     };

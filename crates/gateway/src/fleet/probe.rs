@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use consort_api::{ErrorBody, ModelList, ReadyReport};
+use consort_api::{ErrorBody, ModelList, Protocol, ReadyReport};
 use hyper::StatusCode;
 use tokio::task::AbortHandle;
 
@@ -20,6 +20,8 @@ use crate::settings::Live;
 
 /// Bytes of a probe's answer.
 const MAX_BYTES: usize = 64 << 10;
+/// What a server that isn't ours gets to answer: many do nothing else while they compute.
+const PLAIN: Duration = Duration::from_secs(2);
 
 /// Watches all replicas of the fleet, whatever it is replaced by. Never returns; dropping it ends all probes.
 pub(crate) async fn watch(registry: Arc<Registry>, live: Arc<Live>) {
@@ -60,7 +62,9 @@ async fn probe_for_ever(registry: Arc<Registry>, replica: Arc<Replica>, live: Ar
         let probe = probe(&replica, settings.probe_timeout).await;
         let change = replica.probed(Instant::now(), &probe, urgent);
         if change == Change::Up {
-            learn(&replica, settings.probe_timeout).await;
+            if replica.protocol == Protocol::Consort {
+                learn(&replica, settings.probe_timeout).await;
+            }
             registry.room.notify_waiters();
         }
         // One that isn't there yet is asked more often: a start takes tenths of a second.
@@ -77,6 +81,9 @@ async fn probe_for_ever(registry: Arc<Registry>, replica: Arc<Replica>, live: Ar
 }
 
 async fn probe(replica: &Replica, timeout: Duration) -> Probe {
+    if replica.protocol == Protocol::OpenAi {
+        return probe_plain(replica, timeout.max(PLAIN)).await;
+    }
     match tokio::time::timeout(timeout, get(replica, "/ready", timeout)).await {
         Err(_) => Probe::Silent,
         Ok(Err(SendError::Connect(error))) if error.kind() == io::ErrorKind::TimedOut => Probe::Silent,
@@ -90,6 +97,20 @@ async fn probe(replica: &Replica, timeout: Duration) -> Probe {
             Probe::NotReady { draining: code.as_deref() == Some("draining") }
         }
         Ok(Ok((status, _))) => Probe::Wrong(format!("its /ready answers {status}")),
+    }
+}
+
+/// Somebody else's server has no `/ready`: it lives where it lists its models, or answers at all.
+async fn probe_plain(replica: &Replica, timeout: Duration) -> Probe {
+    match tokio::time::timeout(timeout, get(replica, "/v1/models", timeout)).await {
+        Err(_) => Probe::Silent,
+        Ok(Err(SendError::Connect(error))) if error.kind() == io::ErrorKind::TimedOut => Probe::Silent,
+        Ok(Err(SendError::Connect(_) | SendError::Broken { .. })) => Probe::Refused,
+        Ok(Ok((StatusCode::SERVICE_UNAVAILABLE, _))) => Probe::NotReady { draining: false },
+        Ok(Ok((status, _))) if status.is_server_error() => {
+            Probe::Wrong(format!("its /v1/models answers {status}"))
+        }
+        Ok(Ok(_)) => Probe::Report(ReadyReport { status: "ready".to_owned(), ..ReadyReport::default() }),
     }
 }
 

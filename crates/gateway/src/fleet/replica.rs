@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use consort_api::{FleetReplica, ReadyReport, ReplicaSnapshot, ReplicaState};
+use consort_api::{FleetReplica, Protocol, ReadyReport, ReplicaSnapshot, ReplicaState};
 use tokio::sync::{Notify, watch};
 
 use crate::policy::affinity::Home;
@@ -20,6 +20,8 @@ use crate::stats::{Latencies, Rate};
 pub(crate) struct Replica {
     pub(crate) id: String,
     pub(crate) url: String,
+    /// What it understands.
+    pub(crate) protocol: Protocol,
     /// Its id's hash.
     pub(crate) home: u64,
     key: Option<String>,
@@ -97,6 +99,7 @@ impl Replica {
         Replica {
             id: replica.id.clone(),
             url: replica.url.clone(),
+            protocol: replica.protocol,
             key: replica.key.clone(),
             slow_start_ms: replica.slow_start_ms,
             upstream,
@@ -137,7 +140,10 @@ impl Replica {
 
     /// Whether `wanted` is this replica still.
     pub(crate) fn is(&self, wanted: &FleetReplica) -> bool {
-        self.url == wanted.url && self.key == wanted.key && self.slow_start_ms == wanted.slow_start_ms
+        self.url == wanted.url
+            && self.key == wanted.key
+            && self.slow_start_ms == wanted.slow_start_ms
+            && self.protocol == wanted.protocol
     }
 
     pub(crate) fn core(&self) -> MutexGuard<'_, Core> {

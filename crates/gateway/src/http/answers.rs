@@ -3,10 +3,9 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use bytes::Bytes;
 use hyper::body::Incoming;
-use hyper::header::{
-    CACHE_CONTROL, CONTENT_LENGTH, CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue, RETRY_AFTER,
-};
+use hyper::header::{CACHE_CONTROL, CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue, RETRY_AFTER};
 use hyper::{Request, Response, StatusCode};
 
 use super::body::Body;
@@ -20,7 +19,9 @@ use crate::keys::Key;
 use crate::policy::canary;
 use crate::policy::idempotency::Id;
 use crate::proxy::call::{Call, Shape};
-use crate::proxy::{self, Head, Opening, Recording, Refused, Session, Stream};
+use crate::proxy::{
+    self, Head, Opening, PlainAnswer, PlainBody, PlainStream, Recording, Refused, Session, Stream,
+};
 use crate::trace::TRACEPARENT;
 
 const SEED: HeaderName = HeaderName::from_static("x-seed");
@@ -134,11 +135,15 @@ impl Front {
         let seed = session.seed.clone();
         let mut response = match opening {
             Opening::Refused(refused) => passed_on(*refused),
-            Opening::Whole(foreign) => {
-                let (head, body) = foreign.response.into_parts();
-                let mut response = Response::new(Body::upstream(body, foreign.ticket, foreign.connection));
-                copy(&head.headers, response.headers_mut(), &[CONTENT_TYPE, CONTENT_LENGTH, SEED]);
-                response
+            Opening::Plain(answer) => {
+                let PlainAnswer { kind, body, .. } = *answer;
+                match body {
+                    PlainBody::Whole(body) => plain(kind, body),
+                    PlainBody::Stream(first, rest) => {
+                        context.record.streaming();
+                        events(Body::events(Box::new(PlainStream::new(*session, first, rest)).start()))
+                    }
+                }
             }
             Opening::Stream if session.call.stream => {
                 context.record.streaming();
@@ -202,11 +207,28 @@ async fn record(gateway: Arc<Gateway>, mut session: Box<Session>, id: Id, record
             recording.push(refused.body);
             false
         }
-        Ok(Opening::Whole(_)) => refuse(&Refusal::new(
-            StatusCode::BAD_GATEWAY,
-            "bad_gateway",
-            "the upstream is no replica: it doesn't stream",
-        )),
+        Ok(Opening::Plain(answer)) => {
+            let PlainAnswer { kind, body, .. } = *answer;
+            let head = |response: Response<Body>| Head {
+                status: StatusCode::OK,
+                headers: response.headers().clone(),
+            };
+            match body {
+                PlainBody::Whole(body) => {
+                    recording.begin(head(plain(kind, Bytes::new())));
+                    recording.push(body);
+                    true
+                }
+                PlainBody::Stream(first, rest) => {
+                    recording.begin(head(events(Body::empty())));
+                    let mut stream = PlainStream::new(*session, first, rest);
+                    while let Some(events) = stream.next().await {
+                        recording.push(events);
+                    }
+                    stream.is_complete()
+                }
+            }
+        }
         Ok(Opening::Stream) => {
             let mut response = if session.call.stream {
                 events(Body::empty())
@@ -247,6 +269,14 @@ fn events(body: Body) -> Response<Body> {
     headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-cache"));
     // Asks proxies of nginx's kind not to collect the stream.
     headers.insert(HeaderName::from_static("x-accel-buffering"), HeaderValue::from_static("no"));
+    response
+}
+
+/// A whole answer of a server that isn't ours.
+fn plain(kind: Option<HeaderValue>, body: Bytes) -> Response<Body> {
+    let mut response = Response::new(Body::from(body));
+    let kind = kind.unwrap_or_else(|| HeaderValue::from_static("application/json"));
+    response.headers_mut().insert(CONTENT_TYPE, kind);
     response
 }
 

@@ -1,4 +1,4 @@
-//! Response bodies: all at once, as events come, or as another server sends them.
+//! Response bodies: all at once, or as events come.
 
 use std::convert::Infallible;
 use std::pin::Pin;
@@ -7,10 +7,7 @@ use std::task::{Context, Poll};
 use bytes::{Bytes, BytesMut};
 use http_body::{Frame, SizeHint};
 use http_body_util::combinators::UnsyncBoxBody;
-use hyper::body::Incoming;
 
-use crate::fleet::Ticket;
-use crate::proxy::upstream::Connection;
 use crate::telemetry::Record;
 
 /// Bytes of one write, where events are ready together.
@@ -27,21 +24,8 @@ pub struct Body {
 enum Kind {
     Full(Bytes),
     Events(tokio::sync::mpsc::Receiver<Bytes>),
-    Upstream(Box<Upstream>),
     Boxed(UnsyncBoxBody<Bytes, Infallible>),
 }
-
-/// Another server's body, and what it holds.
-struct Upstream {
-    body: Incoming,
-    ticket: Ticket,
-    connection: Option<Connection>,
-}
-
-/// The body broke off.
-#[derive(Debug, thiserror::Error)]
-#[error("the body broke off: {0}")]
-pub struct BodyError(String);
 
 impl Body {
     /// No bytes.
@@ -66,10 +50,6 @@ impl Body {
     pub(crate) fn events(receiver: tokio::sync::mpsc::Receiver<Bytes>) -> Body {
         Body::of(Kind::Events(receiver))
     }
-
-    pub(crate) fn upstream(body: Incoming, ticket: Ticket, connection: Connection) -> Body {
-        Body::of(Kind::Upstream(Box::new(Upstream { body, ticket, connection: Some(connection) })))
-    }
 }
 
 impl From<Bytes> for Body {
@@ -86,25 +66,17 @@ impl From<String> for Body {
 
 impl http_body::Body for Body {
     type Data = Bytes;
-    type Error = BodyError;
+    type Error = Infallible;
 
     fn poll_frame(
         self: Pin<&mut Self>,
         cx: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+    ) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
         match &mut self.get_mut().kind {
             Kind::Full(bytes) if bytes.is_empty() => Poll::Ready(None),
             Kind::Full(bytes) => Poll::Ready(Some(Ok(Frame::data(std::mem::take(bytes))))),
             Kind::Events(receiver) => poll_events(receiver, cx),
-            Kind::Upstream(upstream) => {
-                let frame = Pin::new(&mut upstream.body).poll_frame(cx);
-                let ended = matches!(frame, Poll::Ready(None)) || upstream.body.is_end_stream();
-                if ended && let Some(connection) = upstream.connection.take() {
-                    upstream.ticket.replica.upstream.put_back(connection);
-                }
-                frame.map_err(|error| BodyError(error.to_string()))
-            }
-            Kind::Boxed(body) => Pin::new(body).poll_frame(cx).map_err(|never| match never {}),
+            Kind::Boxed(body) => Pin::new(body).poll_frame(cx),
         }
     }
 
@@ -112,7 +84,6 @@ impl http_body::Body for Body {
         match &self.kind {
             Kind::Full(bytes) => bytes.is_empty(),
             Kind::Events(_) => false,
-            Kind::Upstream(upstream) => upstream.body.is_end_stream(),
             Kind::Boxed(body) => body.is_end_stream(),
         }
     }
@@ -121,7 +92,6 @@ impl http_body::Body for Body {
         match &self.kind {
             Kind::Full(bytes) => SizeHint::with_exact(bytes.len() as u64),
             Kind::Events(_) => SizeHint::default(),
-            Kind::Upstream(upstream) => upstream.body.size_hint(),
             Kind::Boxed(body) => body.size_hint(),
         }
     }
@@ -131,7 +101,7 @@ impl http_body::Body for Body {
 fn poll_events(
     receiver: &mut tokio::sync::mpsc::Receiver<Bytes>,
     cx: &mut Context<'_>,
-) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
     let Poll::Ready(first) = receiver.poll_recv(cx) else { return Poll::Pending };
     let Some(first) = first else { return Poll::Ready(None) };
     let Ok(second) = receiver.try_recv() else { return Poll::Ready(Some(Ok(Frame::data(first)))) };

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
+use consort_api::Protocol;
 use http_body::Body as _;
 use http_body_util::{BodyExt as _, Full, Limited};
 use hyper::body::Incoming;
@@ -11,6 +12,7 @@ use hyper::header::{CONTENT_TYPE, HeaderMap, HeaderValue};
 use hyper::{Method, Request, Response, StatusCode};
 use tokio::sync::watch;
 
+use super::plain::Plain;
 use super::sse::{Event, Events};
 use super::upstream::{Connection, SendError};
 use crate::fleet::{Replica, Ticket};
@@ -76,22 +78,14 @@ pub(crate) enum Reply {
     Stream(Box<Attempt>),
     /// It says that the request is wrong: the client's affair.
     Refused(Box<Refused>),
-    /// It answers as a whole although it was asked for a stream: no replica of ours, but fine.
-    Whole(Box<Foreign>),
-}
-
-/// A whole response of somebody else's server.
-pub(crate) struct Foreign {
-    pub(crate) response: Response<Incoming>,
-    pub(crate) ticket: Ticket,
-    pub(crate) connection: Connection,
+    /// Somebody else's server answers, in its own way.
+    Plain(Box<Plain>),
 }
 
 /// A response, before it is anybody's.
 enum Taken {
-    Stream(Response<Incoming>, Connection, watch::Receiver<u64>),
+    Answer(Response<Incoming>, Connection, watch::Receiver<u64>),
     Refused(Box<Refused>),
-    Whole(Response<Incoming>, Connection),
 }
 
 /// A stream under way.
@@ -102,7 +96,32 @@ pub(crate) struct Attempt {
     connection: Option<Connection>,
     events: Events,
     lost: watch::Receiver<u64>,
-    settings: ReplicaSettings,
+    patience: Patience,
+}
+
+/// How long something is waited for.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Patience {
+    /// A connection.
+    pub(super) connect: Duration,
+    /// Without a byte, before the replica is asked whether it lives.
+    pub(super) suspect: Duration,
+    /// Without a byte at all.
+    pub(super) silence: Duration,
+}
+
+impl Patience {
+    fn with(replica: &Replica, settings: &ReplicaSettings) -> Patience {
+        Patience {
+            connect: settings.connect_timeout,
+            suspect: settings.suspect_after,
+            silence: match replica.protocol {
+                Protocol::Consort => settings.silence_timeout,
+                // It says nothing while it thinks; the request's own deadline holds.
+                Protocol::OpenAi => Duration::from_secs(86_400),
+            },
+        }
+    }
 }
 
 /// What is sent.
@@ -122,40 +141,40 @@ impl Attempt {
         deadline: Instant,
     ) -> Result<Reply, Failure> {
         let mut ticket = replica.ticket(question.tokens);
-        let reply = Attempt::reply(replica, question, settings, deadline).await;
+        let patience = Patience::with(replica, settings);
+        let reply = Attempt::reply(replica, question, patience, deadline).await;
         // Whoever called learns how it went, and notes it. A caller that goes away in between never comes here.
-        ticket.settled = !matches!(reply, Ok(Taken::Stream(..) | Taken::Whole(..)));
-        Ok(match reply? {
-            Taken::Refused(refused) => Reply::Refused(refused),
-            Taken::Whole(response, connection) => {
-                Reply::Whole(Box::new(Foreign { response, ticket, connection }))
-            }
-            Taken::Stream(response, connection, lost) => {
-                let (parts, body) = response.into_parts();
-                Reply::Stream(Box::new(Attempt {
-                    ticket,
-                    headers: parts.headers,
-                    body,
-                    connection: Some(connection),
-                    events: Events::default(),
-                    lost,
-                    settings: settings.clone(),
-                }))
-            }
-        })
+        ticket.settled = !matches!(reply, Ok(Taken::Answer(..)));
+        let (response, connection, lost) = match reply? {
+            Taken::Refused(refused) => return Ok(Reply::Refused(refused)),
+            Taken::Answer(response, connection, lost) => (response, connection, lost),
+        };
+        let (parts, body) = response.into_parts();
+        let (headers, connection) = (parts.headers, Some(connection));
+        if replica.protocol == Protocol::OpenAi {
+            return Ok(Reply::Plain(Box::new(Plain { ticket, headers, body, connection, lost, patience })));
+        }
+        let kind = headers.get(CONTENT_TYPE);
+        if !kind.is_some_and(|kind| kind.as_bytes().starts_with(b"text/event-stream")) {
+            ticket.settled = true;
+            return Err(Failure::Garbage);
+        }
+        let events = Events::default();
+        Ok(Reply::Stream(Box::new(Attempt { ticket, headers, body, connection, events, lost, patience })))
     }
 
     async fn reply(
         replica: &Arc<Replica>,
         question: Question,
-        settings: &ReplicaSettings,
+        patience: Patience,
         deadline: Instant,
     ) -> Result<Taken, Failure> {
         let mut lost = replica.lost();
         lost.mark_unchanged();
-        let mut sending = Box::pin(send(replica, &question, settings.connect_timeout));
-        let sent = wait(&mut sending, replica, &mut lost, settings, deadline).await?;
-        drop(sending);
+        let sent = {
+            let mut sending = std::pin::pin!(send(replica, &question, patience.connect));
+            wait(&mut sending, replica, &mut lost, patience, deadline).await?
+        };
         let (response, connection) = sent.map_err(|error| match error {
             SendError::Connect(error) => Failure::Unreachable(error.to_string()),
             // No response at all: it can't be talked to.
@@ -163,13 +182,7 @@ impl Attempt {
         })?;
         replica.seen_alive();
         if response.status() == StatusCode::OK {
-            let events = response.headers().get(CONTENT_TYPE);
-            let streams = events.is_some_and(|kind| kind.as_bytes().starts_with(b"text/event-stream"));
-            return Ok(if streams {
-                Taken::Stream(response, connection, lost)
-            } else {
-                Taken::Whole(response, connection)
-            });
+            return Ok(Taken::Answer(response, connection, lost));
         }
         let (parts, body) = response.into_parts();
         let reading = Limited::new(body, MAX_REFUSAL).collect();
@@ -200,7 +213,7 @@ impl Attempt {
                 Ok(None) => {
                     let replica = self.ticket.replica.clone();
                     let mut frame = self.body.frame();
-                    let frame = wait(&mut frame, &replica, &mut self.lost, &self.settings, deadline).await?;
+                    let frame = wait(&mut frame, &replica, &mut self.lost, self.patience, deadline).await?;
                     match frame {
                         None => return Err(Failure::Broken("it ended before the answer did".to_owned())),
                         Some(Err(error)) => return Err(Failure::Broken(error.to_string())),
@@ -256,16 +269,16 @@ async fn send(
 }
 
 /// Waits for something from a replica, no longer than makes sense.
-async fn wait<F: Future + Unpin>(
+pub(super) async fn wait<F: Future + Unpin>(
     future: &mut F,
     replica: &Replica,
     lost: &mut watch::Receiver<u64>,
-    settings: &ReplicaSettings,
+    patience: Patience,
     deadline: Instant,
 ) -> Result<F::Output, Failure> {
     let begun = Instant::now();
-    let silence = begun + settings.silence_timeout;
-    let mut check = settings.suspect_after;
+    let silence = begun + patience.silence;
+    let mut check = patience.suspect;
     loop {
         let wake = (begun + check).min(silence).min(deadline);
         tokio::select! {
@@ -281,9 +294,9 @@ async fn wait<F: Future + Unpin>(
         if now >= silence {
             return Err(Failure::Silent);
         }
-        if replica.silent_for() >= settings.suspect_after {
+        if replica.silent_for() >= patience.suspect {
             replica.suspected.notify_one();
         }
-        check += settings.suspect_after;
+        check += patience.suspect;
     }
 }

@@ -4,6 +4,7 @@ mod attempt;
 pub(crate) mod call;
 pub(crate) mod chunk;
 mod held;
+mod plain;
 mod progress;
 mod recording;
 mod session;
@@ -15,6 +16,7 @@ mod whole;
 
 pub(crate) use attempt::Refused;
 pub(crate) use held::Held;
+pub(crate) use plain::{PlainAnswer, PlainBody, PlainStream};
 pub(crate) use recording::{Head, Recording};
 pub(crate) use session::{Opening, Request, Session};
 pub(crate) use stream::{Receiver, Stream};

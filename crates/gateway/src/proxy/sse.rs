@@ -6,7 +6,7 @@
 use bytes::{Bytes, BytesMut};
 
 /// The longest event: an echoed prompt of a whole context with twenty alternatives a token still fits.
-const MAX_EVENT: usize = 32 << 20;
+pub(super) const MAX_EVENT: usize = 32 << 20;
 
 /// One event, or a comment.
 #[derive(Debug, PartialEq)]

@@ -16,7 +16,7 @@ use super::recording::Recording;
 use super::session::{Next, Session};
 
 /// Events on their way to a client; further ones wait at the replica.
-const AHEAD: usize = 16;
+pub(super) const AHEAD: usize = 16;
 
 /// The channel a streamed body reads.
 pub(crate) type Receiver = mpsc::Receiver<Bytes>;

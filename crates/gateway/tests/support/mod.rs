@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use consort_api::{Fleet, FleetModel, FleetReplica, FleetVersion, Numerics};
+use consort_api::{Fleet, FleetModel, FleetReplica, FleetVersion, Numerics, Protocol};
 use consort_gateway::{Gateway, Settings};
 use serde_json::{Value, json};
 use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader};
@@ -211,6 +211,7 @@ pub(crate) fn fleet(replicas: &[Arc<Replica>], numerics: Numerics) -> Fleet {
             key: Some("replica-secret".to_owned()),
             slow_start_ms: 0,
             draining: false,
+            protocol: Protocol::Consort,
         })
         .collect();
     let version = FleetVersion { name: "stable".to_owned(), weight: 1, numerics, on_trial: false, replicas };

@@ -1,0 +1,133 @@
+//! `cargo xtask peers gateway`: Consort's front door beside nginx, HAProxy and LiteLLM, on one core each.
+//!
+//! One core has the proxy, another one the load and the upstream, which is an nginx with a fixed answer and several
+//! times faster than any of the proxies. All proxies run all the time, and take turns under load; what is quoted is the
+//! median of the rounds. Two things are measured: how many requests a second a proxy passes on when it has as many
+//! as it can take (wrk, 64 connections), and what it adds to a request's time at seventy per cent of *our* limit (an
+//! open loop: requests come when they are due, whether answers are late or not).
+
+mod open_loop;
+mod page;
+mod proxies;
+mod wrk;
+
+use std::fs;
+use std::path::Path;
+
+use anyhow::{Context, Result, bail};
+
+use super::PeersArguments;
+use super::table::median;
+use crate::command::{cargo, run, target_folder};
+use crate::machine;
+pub(crate) use open_loop::{Latency, OpenLoop};
+use proxies::{Cores, Proxy, Upstream};
+use wrk::Burst;
+
+/// The request: what the simplest of clients sends.
+const REQUEST: &str = r#"{"model":"m","messages":[{"role":"system","content":"You are a helpful assistant."},{"role":"user","content":"Hello!"}],"max_tokens":16}"#;
+
+/// Seconds of one measurement.
+const SECONDS: u64 = 2;
+
+/// Of our limit, at which times are compared.
+const LOAD: f64 = 0.7;
+
+/// What was measured of one proxy.
+struct Side {
+    name: &'static str,
+    bursts: Vec<Burst>,
+    /// (through it, to the upstream alone), in turns.
+    times: Vec<(Latency, Latency)>,
+}
+
+impl Side {
+    fn rate(&self) -> f64 {
+        median(self.bursts.iter().map(|burst| burst.rate).collect())
+    }
+
+    fn burst_us(&self, which: impl Fn(&Burst) -> f64) -> f64 {
+        median(self.bursts.iter().map(which).collect())
+    }
+
+    /// Microseconds that it adds: the median of the pairs' differences.
+    fn added(&self, which: impl Fn(&Latency) -> f64) -> f64 {
+        median(self.times.iter().map(|(through, alone)| which(through) - which(alone)).collect())
+    }
+}
+
+/// Sets all sides up, measures, and writes docs/peers-gateway.md.
+pub(super) fn compare(root: &Path, arguments: &PeersArguments) -> Result<()> {
+    let work = target_folder(root).join("peers/gateway");
+    fs::create_dir_all(&work).with_context(|| format!("cannot make {}", work.display()))?;
+    let note = |text: &str| eprintln!("xtask: {text}");
+    if !arguments.no_build {
+        note("building consort (release)");
+        run(&mut cargo(root, ["build", "--release", "--quiet", "-p", "consort"]))?;
+    }
+    let missing: Vec<&str> =
+        [("nginx", "nginx-light"), ("haproxy", "haproxy"), ("wrk", "wrk"), ("taskset", "util-linux")]
+            .into_iter()
+            .filter(|(program, _)| proxies::program(program).is_none())
+            .map(|(_, package)| package)
+            .collect();
+    machine::install(&missing, &work)?;
+    let python = machine::python(&work, "litellm", &[proxies::LITELLM])?;
+    let cores = Cores::of_this_machine()?;
+    let consort = target_folder(root).join("release/consort");
+
+    note("starting an upstream and the proxies");
+    let upstream = Upstream::start(&work, &cores)?;
+    let proxies = [
+        Proxy::nginx(&work, &cores, &upstream)?,
+        Proxy::haproxy(&work, &cores, &upstream)?,
+        Proxy::consort(&work, &cores, &consort, "consort", upstream.plain)?,
+        Proxy::consort(&work, &cores, &consort, "consort-replica", upstream.replica)?,
+        Proxy::litellm(&work, &cores, &python, &upstream)?,
+    ];
+    let script = wrk::script(&work)?;
+    let mut alone = Side { name: "upstream alone", bursts: Vec::new(), times: Vec::new() };
+    let mut sides: Vec<Side> =
+        proxies.iter().map(|p| Side { name: p.name, bursts: Vec::new(), times: Vec::new() }).collect();
+    for proxy in &proxies {
+        // Connections, caches, a just-in-time compiler: nobody is measured cold.
+        wrk::burst(&cores, &script, proxy.address, 1)?;
+    }
+    for round in 1..=arguments.pairs {
+        note(&format!("round {round} of {}: requests a second", arguments.pairs));
+        alone.bursts.push(wrk::burst(&cores, &script, upstream.plain, SECONDS)?);
+        for (proxy, side) in proxies.iter().zip(&mut sides) {
+            side.bursts.push(wrk::burst(&cores, &script, proxy.address, SECONDS)?);
+        }
+    }
+    let ours = sides.iter().find(|side| side.name == "consort").map_or(0.0, Side::rate);
+    for round in 1..=arguments.pairs {
+        note(&format!("round {round} of {}: added time", arguments.pairs));
+        for (proxy, side) in proxies.iter().zip(&mut sides) {
+            // Ours to replicas and LiteLLM can't keep up with that rate: at seventy per cent of their own.
+            let rate = LOAD
+                * if side.name.starts_with("litellm") || side.name == "consort-replica" {
+                    side.rate()
+                } else {
+                    ours
+                };
+            let through = open_loop::pinned(&cores, proxy.address, rate, SECONDS)?;
+            let alone = open_loop::pinned(&cores, upstream.plain, rate, SECONDS)?;
+            side.times.push((through, alone));
+        }
+    }
+    for side in &sides {
+        if let Some(burst) = side.bursts.iter().find(|burst| burst.errors > 0) {
+            bail!("{}: {} requests failed under load; nothing else it did counts", side.name, burst.errors);
+        }
+    }
+    let table = page::table(&alone, &sides);
+    println!("{table}");
+    if arguments.json {
+        return Ok(());
+    }
+    let document = root.join("docs/peers-gateway.md");
+    fs::write(&document, page::page(arguments.pairs, &cores, &proxies, ours, &table))?;
+    println!("written to {}", document.display());
+    Ok(())
+}

@@ -1,0 +1,85 @@
+//! The table, and the document around it.
+
+use super::proxies::{Cores, Proxy};
+use super::{LOAD, SECONDS, Side, open_loop, wrk};
+use crate::peers::table::median;
+
+fn label(name: &str) -> &str {
+    match name {
+        "consort" => "Consort, before an OpenAI server",
+        "consort-replica" => "Consort, before its own replicas",
+        "nginx" => "nginx",
+        "haproxy" => "HAProxy",
+        "litellm" => "LiteLLM",
+        other => other,
+    }
+}
+
+/// One row a proxy.
+pub(super) fn table(alone: &Side, sides: &[Side]) -> String {
+    let nginx = sides.iter().find(|side| side.name == "nginx");
+    let mut text = String::from(
+        "| | requests/s | of nginx | p50 / p99 at the limit | at | adds at p50 | adds at p99 |\n\
+         |---|---:|---:|---:|---:|---:|---:|\n",
+    );
+    for side in std::iter::once(alone).chain(sides) {
+        let ratio = nginx.map(|nginx| {
+            let pairs = side.bursts.iter().zip(&nginx.bursts);
+            median(pairs.map(|(own, nginx)| own.rate / nginx.rate).collect())
+        });
+        let (at, added) = if side.times.is_empty() {
+            (String::new(), [String::new(), String::new()])
+        } else {
+            let at = median(side.times.iter().map(|(through, _)| through.rate).collect());
+            let added = [side.added(|l| l.p50), side.added(|l| l.p99)];
+            (format!("{at:.0}/s"), added.map(|us| format!("{us:.0} µs")))
+        };
+        text += &format!(
+            "| {} | {:.0} | {:.3} | {:.2} / {:.2} ms | {at} | {} | {} |\n",
+            label(side.name),
+            side.rate(),
+            ratio.unwrap_or(f64::NAN),
+            side.burst_us(|burst| burst.p50) / 1e3,
+            side.burst_us(|burst| burst.p99) / 1e3,
+            added[0],
+            added[1],
+        );
+    }
+    text
+}
+
+/// The document.
+pub(super) fn page(rounds: usize, cores: &Cores, proxies: &[Proxy], ours: f64, table: &str) -> String {
+    let mut versions: Vec<&str> = proxies.iter().map(|proxy| proxy.version.as_str()).collect();
+    versions.dedup();
+    format!(
+        "# The gateway beside other proxies\n\n\
+        Made by `cargo xtask peers gateway --pairs {rounds}`, which installs the others, starts everything and writes this \
+        page. Machine: {machine}. {versions}.\n\n\
+        {table}\n\
+        Every proxy has one core; {load}. All run all the time and take turns under load, {rounds} rounds of {SECONDS} s; \
+        figures are medians of the rounds, and ratios and differences are taken within a round.\n\n\
+        - *requests/s, p50 / p99 at the limit*: wrk, {wrk} keep-alive connections, a chat request of two short messages. \
+        The upstream is an nginx with a fixed answer of {answer} bytes.\n\
+        - *adds*: what a request takes through the proxy less what it takes at the upstream alone, in an open loop: {open} \
+        connections send at random times (a Poisson process) at {percent:.0} % of our own limit ({rate:.0} a second); for \
+        LiteLLM and for Consort before its own replicas at {percent:.0} % of theirs. A request counts from when it was due \
+        if its connection was still busy then.\n\
+        - nginx and HAProxy pass bytes on. Consort reads the request's JSON, picks a model and a replica by what each has \
+        to do, reads the answer's JSON for what was used, and counts both. *Before its own replicas* it also asks for a \
+        stream with token ids and puts the answer (here nine tokens) together from its chunks: what makes an answer \
+        outlive its replica.\n",
+        machine = crate::peers::machine(),
+        versions = versions.join(", "),
+        load = if cores.shared() {
+            "load and upstream share another one"
+        } else {
+            "load and upstream have one each"
+        },
+        wrk = wrk::CONNECTIONS,
+        open = open_loop::CONNECTIONS,
+        answer = super::proxies::ANSWER.len(),
+        percent = LOAD * 100.0,
+        rate = LOAD * ours,
+    )
+}
