@@ -1,5 +1,5 @@
 //! The repository's chores: `cargo xtask test` checks everything, `cargo xtask peers llama.cpp` measures both
-//! sides of the README's table, `cargo xtask overload` floods a replica for a minute.
+//! sides of the README's table, `cargo xtask peers gateway` and `cargo xtask streams` measure the front door, `cargo xtask overload` floods a replica for a minute.
 //!
 //! Written in Rust so that a machine with a Rust toolchain needs nothing else to start.
 
@@ -12,6 +12,7 @@ mod overload;
 mod peers;
 mod replica;
 mod stages;
+mod streams;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -42,6 +43,8 @@ enum Chore {
         #[arg(long, default_value_t = 60)]
         seconds: u64,
     },
+    /// Opens many streams at once through the gateway: memory, and time between tokens.
+    Streams(streams::StreamsArguments),
     /// Sends chat requests at a rate; a part of `peers gateway`.
     #[command(hide = true)]
     OpenLoop(peers::OpenLoop),
@@ -54,6 +57,7 @@ fn main() -> ExitCode {
     let done = match arguments.chore {
         Chore::Test { only } => stages::test(&root(), only),
         Chore::Peers(arguments) => peers::compare(&root(), &arguments),
+        Chore::Streams(arguments) => streams::measure(&root(), &arguments),
         Chore::OpenLoop(load) => load.run(),
         Chore::Overload { seconds } => overload::flood(&root(), seconds),
         Chore::Graph => graph::check(&root()).map(|floors| println!("{floors} crates stand on their floors")),

@@ -68,6 +68,11 @@ impl Replica {
         format!("http://{}", self.address)
     }
 
+    /// Its process.
+    pub(crate) fn id(&self) -> u32 {
+        self.child.id()
+    }
+
     /// The most memory it ever held, in bytes.
     pub(crate) fn peak_bytes(&self) -> Result<f64> {
         let path = format!("/proc/{}/status", self.child.id());

@@ -14,6 +14,7 @@ use http_body_util::{BodyExt as _, Limited};
 use hyper::StatusCode;
 
 use crate::fleet::FleetError;
+use crate::proxy::trust::Trust;
 use crate::proxy::upstream::{AddressError, SendError, Upstream};
 use crate::{Gateway, fleet};
 
@@ -27,6 +28,7 @@ const PATIENCE: Duration = Duration::from_secs(2);
 pub struct Discovery {
     replicas: Vec<FleetReplica>,
     numerics: Numerics,
+    trust: Trust,
 }
 
 impl Discovery {
@@ -34,14 +36,18 @@ impl Discovery {
     ///
     /// # Errors
     /// [`FleetError`] where an address is unusable or there twice.
-    pub fn new(replicas: Vec<FleetReplica>, numerics: Numerics) -> Result<Discovery, FleetError> {
+    pub fn new(
+        replicas: Vec<FleetReplica>,
+        numerics: Numerics,
+        trust: &Trust,
+    ) -> Result<Discovery, FleetError> {
         for (i, replica) in replicas.iter().enumerate() {
-            Upstream::new(&replica.url, replica.key.as_deref())?;
+            Upstream::new(&replica.url, replica.key.as_deref(), trust)?;
             if replicas[..i].iter().any(|other| other.id == replica.id) {
                 return Err(FleetError::Twice { what: "replica", name: replica.id.clone() });
             }
         }
-        Ok(Discovery { replicas, numerics })
+        Ok(Discovery { replicas, numerics, trust: trust.clone() })
     }
 
     /// Asks for ever and keeps the gateway's fleet to what was answered.
@@ -50,7 +56,7 @@ impl Discovery {
         loop {
             let mut changed = false;
             for (replica, known) in self.replicas.iter().zip(&mut found) {
-                match ask(replica).await {
+                match ask(replica, &self.trust).await {
                     Ok(answer) if known.as_ref() != Some(&answer) => {
                         tracing::info!(replica = replica.id, ?answer, "found a server");
                         *known = Some(answer);
@@ -122,8 +128,8 @@ struct ListedModel {
 }
 
 /// What is at an address: a replica, by its `/ready`, or a server of OpenAI's API, by its list of models.
-async fn ask(replica: &FleetReplica) -> Result<Found, AskError> {
-    let upstream = Upstream::new(&replica.url, replica.key.as_deref()).map_err(AskError::Address)?;
+async fn ask(replica: &FleetReplica, trust: &Trust) -> Result<Found, AskError> {
+    let upstream = Upstream::new(&replica.url, replica.key.as_deref(), trust).map_err(AskError::Address)?;
     let (_, body) = get(&upstream, "/ready").await?;
     // A replica that loads answers with an error's envelope or without a name: it is asked again.
     match serde_json::from_slice::<ReadyReport>(&body) {

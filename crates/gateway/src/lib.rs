@@ -32,5 +32,5 @@ pub use keys::KeyError;
 pub use proxy::upstream::AddressError;
 pub use settings::{
     BreakerSettings, BudgetSettings, ClientSettings, HedgeSettings, IdempotencySettings, OutlierSettings,
-    ReplicaSettings, RetrySettings, Settings,
+    ReplicaSettings, RetrySettings, Settings, Trust,
 };

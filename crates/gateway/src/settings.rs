@@ -11,6 +11,7 @@ pub use crate::policy::budget::BudgetSettings;
 pub use crate::policy::hedge::HedgeSettings;
 pub use crate::policy::idempotency::IdempotencySettings;
 pub use crate::policy::outlier::OutlierSettings;
+pub use crate::proxy::trust::Trust;
 
 /// How a gateway runs. The defaults are safe on a loopback address.
 #[derive(Clone, Debug, Default)]
@@ -84,6 +85,8 @@ pub struct ReplicaSettings {
     pub outlier: OutlierSettings,
     /// When a replica that can't be reached is left alone.
     pub breaker: BreakerSettings,
+    /// Whose certificates replicas may have, for those at `https://` addresses.
+    pub trust: Trust,
 }
 
 /// How often a request is tried.
@@ -160,6 +163,7 @@ impl Default for ReplicaSettings {
             affinity: true,
             outlier: OutlierSettings::default(),
             breaker: BreakerSettings::default(),
+            trust: Trust::default(),
         }
     }
 }

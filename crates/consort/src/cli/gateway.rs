@@ -5,7 +5,7 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use clap::Args;
 use consort_api::{ApiKeyRecord, FleetReplica, KeyLimits, Numerics, Protocol};
-use consort_gateway::{Discovery, Gateway as Door, Settings, Tls};
+use consort_gateway::{Discovery, Gateway as Door, Settings, Tls, Trust};
 
 use crate::cli::UsageError;
 use crate::listen::{Bound, Listen, Origin};
@@ -21,9 +21,15 @@ use crate::terminal::{Style, line, note};
     after_help = "Examples:\n  consort gateway --upstream http://127.0.0.1:8081 --upstream http://127.0.0.1:8082\n  consort gateway --upstream http://10.0.0.5:8080 --upstream-key \"$REPLICA_KEY\" --port 9000"
 )]
 pub(crate) struct Gateway {
-    /// Address of a replica (`consort serve`); repeatable
+    /// Address of a replica (`consort serve`), or of another server of OpenAI's API; repeatable
+    ///
+    /// Another server gets requests as they come, by the models that it lists at /v1/models. Its answers can't be
+    /// continued when it is lost.
     #[arg(long = "upstream", value_name = "URL", required = true)]
     upstreams: Vec<String>,
+    /// PEM file of the certificates (or authorities) that https:// upstreams may have, instead of the system's
+    #[arg(long, value_name = "FILE")]
+    upstream_ca: Option<std::path::PathBuf>,
     /// Key that the replicas demand [default: CONSORT_UPSTREAM_KEY]
     #[arg(long, value_name = "KEY")]
     upstream_key: Option<String>,
@@ -61,8 +67,10 @@ pub(crate) struct Gateway {
 impl Gateway {
     pub(crate) fn run(self) -> Result<()> {
         super::log("warn")?;
-        let discovery = self.discovery()?;
+        let trust = self.trust()?;
+        let discovery = self.discovery(&trust)?;
         let mut settings = Settings::default();
+        settings.replicas.trust = trust;
         settings.replicas.silence_timeout = Duration::from_millis(self.silence_timeout);
         settings.clients.allowed_hosts = self.allowed_hosts.clone();
         settings.clients.allowed_origins = self.allowed_origins.clone();
@@ -109,10 +117,20 @@ impl Gateway {
         ended
     }
 
-    fn discovery(&self) -> Result<Discovery> {
+    fn trust(&self) -> Result<Trust> {
+        let Some(path) = &self.upstream_ca else { return Ok(Trust::default()) };
+        let text = std::fs::read(path).with_context(|| format!("can't read {}", path.display()))?;
+        Ok(Trust::pem(&text)?)
+    }
+
+    fn discovery(&self, trust: &Trust) -> Result<Discovery> {
         let key = self.upstream_key.clone().or_else(crate::environment::upstream_key);
         let replica = |url: &String| FleetReplica {
-            id: url.trim_end_matches('/').trim_start_matches("http://").to_owned(),
+            id: url
+                .trim_end_matches('/')
+                .trim_start_matches("http://")
+                .trim_start_matches("https://")
+                .to_owned(),
             url: url.clone(),
             key: key.clone(),
             slow_start_ms: 0,
@@ -120,7 +138,7 @@ impl Gateway {
             protocol: Protocol::Consort,
         };
         let numerics = if self.any_class { Numerics::AnyClass } else { Numerics::SameClass };
-        Discovery::new(self.upstreams.iter().map(replica).collect(), numerics)
+        Discovery::new(self.upstreams.iter().map(replica).collect(), numerics, trust)
             .map_err(|e| UsageError(format!("--upstream: {e}")).into())
     }
 

@@ -24,8 +24,6 @@ use values::{address, bytes, count, duration, flag, share, text, texts};
 pub const MOST_BYTES: usize = 1 << 20;
 
 const SECOND: Duration = Duration::from_secs(1);
-/// A replica that has nothing to send yet says so this often; less than that is no silence.
-const KEEP_ALIVE: Duration = Duration::from_secs(15);
 const DAY: Duration = Duration::from_secs(86_400);
 
 /// Reads a deployment from the text of a file that messages call `file`.
@@ -191,7 +189,7 @@ fn deadlines(section: Option<Section<'_>>, problems: &mut Vec<Problem>) -> Deadl
     let deadlines = Deadlines {
         connect: read("connect", default.connect, ms(1), 60 * SECOND),
         attempt: read("try", default.attempt, ms(10), DAY),
-        token: read("token", default.token, KEEP_ALIVE + SECOND, DAY),
+        token: read("token", default.token, SECOND, DAY),
         route: read("route", default.route, ms(10), DAY),
         drain: read("drain", default.drain, Duration::ZERO, DAY),
         start: read("start", default.start, SECOND, DAY),

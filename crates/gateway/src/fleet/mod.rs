@@ -155,7 +155,8 @@ impl Registry {
                     replicas.push(match same {
                         Some(known) => Arc::clone(known),
                         None => {
-                            let upstream = Upstream::new(&replica.url, replica.key.as_deref())?;
+                            let upstream =
+                                Upstream::new(&replica.url, replica.key.as_deref(), &settings.trust)?;
                             Arc::new(Replica::new(replica, upstream, settings, self.room.clone()))
                         }
                     });

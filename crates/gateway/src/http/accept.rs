@@ -24,7 +24,8 @@ const CLOSING: Duration = Duration::from_secs(35);
 /// Connections at one time that are told so while the gateway ends.
 const LATE: usize = 64;
 
-/// A TLS handshake must be over within this; half-open ones cost a place each, and no longer.
+/// A TLS handshake must be over within this, or within the time for headers where that is less; half-open ones cost a
+/// place each, and no longer.
 const HANDSHAKE: Duration = Duration::from_secs(5);
 
 /// The server's side of a gateway.
@@ -147,7 +148,8 @@ async fn open(front: Arc<Front>, stream: TcpStream, peer: SocketAddr, closing: w
         tracing::debug!(%error, "TCP_NODELAY");
     }
     let Some(tls) = front.gateway.tls() else { return serve(front, stream, peer, closing).await };
-    match tokio::time::timeout(HANDSHAKE, tls.acceptor().accept(stream)).await {
+    let handshake = HANDSHAKE.min(front.gateway.settings().clients.header_timeout);
+    match tokio::time::timeout(handshake, tls.acceptor().accept(stream)).await {
         Ok(Ok(stream)) => serve(front, stream, peer, closing).await,
         Ok(Err(error)) => tracing::debug!(%peer, %error, "TLS handshake failed"),
         Err(_) => tracing::debug!(%peer, "TLS handshake took too long"),

@@ -281,7 +281,7 @@ fn plain(kind: Option<HeaderValue>, body: Bytes) -> Response<Body> {
 }
 
 /// A replica's refusal, as it came.
-fn passed_on(refused: Refused) -> Response<Body> {
+pub(super) fn passed_on(refused: Refused) -> Response<Body> {
     let mut response = Response::new(Body::from(refused.body));
     *response.status_mut() = refused.status;
     copy(&refused.headers, response.headers_mut(), &[CONTENT_TYPE, RETRY_AFTER]);

@@ -56,10 +56,12 @@ enum Access {
 }
 
 /// Path, method, who may ask.
-const ROUTES: [(&str, Method, Access); 6] = [
+const ROUTES: [(&str, Method, Access); 8] = [
     ("/v1/chat/completions", Method::POST, Access::Key),
     ("/v1/completions", Method::POST, Access::Key),
     ("/v1/models", Method::GET, Access::Key),
+    ("/tokenize", Method::POST, Access::Key),
+    ("/detokenize", Method::POST, Access::Key),
     ("/health", Method::GET, Access::Open),
     ("/ready", Method::GET, Access::Open),
     ("/metrics", Method::GET, Access::Metrics),
@@ -139,6 +141,7 @@ impl Front {
             "/v1/chat/completions" => return self.answers(request, Shape::Chat, context).await,
             "/v1/completions" => return self.answers(request, Shape::Completion, context).await,
             "/health" => Ok(json(StatusCode::OK, Bytes::from_static(b"{\"status\":\"ok\"}"))),
+            "/tokenize" | "/detokenize" => self.tokens(request, route, &mut context).await,
             "/ready" => self.ready(),
             "/metrics" => Ok(self.metrics()),
             _ => Ok(self.models()),
@@ -250,8 +253,9 @@ fn request_id(headers: &HeaderMap) -> HeaderValue {
         id.len() <= 64 && !id.is_empty() && id.as_bytes().iter().all(u8::is_ascii_graphic)
     };
     headers.get(&REQUEST_ID).filter(plain).cloned().unwrap_or_else(|| {
-        HeaderValue::from_str(&format!("req-{:016x}", crate::proxy::random()))
-            .unwrap_or_else(|_| HeaderValue::from_static("req"))
+        let mut id = *b"req-0000000000000000";
+        crate::trace::put_hex(&mut id[4..], u128::from(crate::proxy::random()));
+        HeaderValue::from_bytes(&id).unwrap_or_else(|_| HeaderValue::from_static("req"))
     })
 }
 

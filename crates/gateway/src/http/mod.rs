@@ -9,3 +9,4 @@ pub(crate) mod read;
 mod repeats;
 mod socket;
 pub(crate) mod tls;
+mod tokens;

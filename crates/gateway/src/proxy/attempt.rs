@@ -243,6 +243,35 @@ impl Attempt {
     }
 }
 
+/// Bytes of an answer that comes as a whole.
+const MAX_ANSWER: usize = 64 << 20;
+
+/// Asks what is answered as a whole: the response, where the replica gave one that is its client's to see.
+///
+/// # Errors
+/// As for an attempt.
+pub(crate) async fn ask(
+    replica: &Arc<Replica>,
+    question: Question,
+    settings: &ReplicaSettings,
+    deadline: Instant,
+) -> Result<Refused, Failure> {
+    let mut ticket = replica.ticket(question.tokens);
+    ticket.settled = true;
+    let patience = Patience::with(replica, settings);
+    let (response, connection, mut lost) = match Attempt::reply(replica, question, patience, deadline).await?
+    {
+        Taken::Refused(refused) => return Ok(*refused),
+        Taken::Answer(response, connection, lost) => (response, connection, lost),
+    };
+    let (parts, body) = response.into_parts();
+    let mut reading = std::pin::pin!(Limited::new(body, MAX_ANSWER).collect());
+    let body = wait(&mut reading, replica, &mut lost, patience, deadline).await?;
+    let body = body.map_err(|error| Failure::Broken(error.to_string()))?.to_bytes();
+    replica.upstream.put_back(connection);
+    Ok(Refused { status: parts.status, headers: parts.headers, body })
+}
+
 /// Sends, once more over a new connection where an old one was closed under it.
 async fn send(
     replica: &Replica,

@@ -11,10 +11,11 @@ mod session;
 mod shadow;
 mod sse;
 mod stream;
+pub(crate) mod trust;
 pub(crate) mod upstream;
 mod whole;
 
-pub(crate) use attempt::Refused;
+pub(crate) use attempt::{Question, Refused, ask};
 pub(crate) use held::Held;
 pub(crate) use plain::{PlainAnswer, PlainBody, PlainStream};
 pub(crate) use recording::{Head, Recording};

@@ -15,8 +15,13 @@ use hyper::client::conn::http1::{self, SendRequest};
 use hyper::header::{CONTENT_TYPE, HeaderValue};
 use hyper::{Method, Request, Response, StatusCode, Uri};
 use hyper_util::rt::TokioIo;
+use rustls::pki_types::ServerName;
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
 use tokio::task::JoinHandle;
+use tokio_rustls::TlsConnector;
+
+use super::trust::Trust;
 
 /// Connections kept open without a request.
 const MAX_IDLE: usize = 64;
@@ -37,6 +42,8 @@ pub struct AddressError {
 pub(crate) struct Upstream {
     host: String,
     port: u16,
+    /// Where it is spoken to in TLS: by what, and whose certificate it must have.
+    tls: Option<(TlsConnector, ServerName<'static>)>,
     /// The `Host` header.
     authority: HeaderValue,
     /// The `Authorization` header, where the replica wants one.
@@ -82,12 +89,14 @@ impl Upstream {
     ///
     /// # Errors
     /// [`AddressError`]
-    pub(crate) fn new(url: &str, key: Option<&str>) -> Result<Upstream, AddressError> {
+    pub(crate) fn new(url: &str, key: Option<&str>, trust: &Trust) -> Result<Upstream, AddressError> {
         let wrong = |reason: &str| AddressError { url: url.to_owned(), reason: reason.to_owned() };
         let uri: Uri = url.parse().map_err(|_| wrong("it is no URL"))?;
-        if uri.scheme_str() != Some("http") {
-            return Err(wrong("its scheme must be http"));
-        }
+        let secure = match uri.scheme_str() {
+            Some("http") => false,
+            Some("https") => true,
+            _ => return Err(wrong("its scheme must be http or https")),
+        };
         if !matches!(uri.path(), "" | "/") || uri.query().is_some() {
             return Err(wrong("it must have no path"));
         }
@@ -104,9 +113,18 @@ impl Upstream {
             Some(key) => Some(secret(key).ok_or_else(|| wrong("its key holds characters no header may"))?),
             None => None,
         };
+        let host = authority.host().trim_start_matches('[').trim_end_matches(']').to_owned();
+        let tls = if secure {
+            let name = ServerName::try_from(host.clone())
+                .map_err(|_| wrong("no certificate can be for its host"))?;
+            Some((trust.connector().map_err(|error| wrong(&error.reason))?, name))
+        } else {
+            None
+        };
         Ok(Upstream {
-            host: authority.host().trim_start_matches('[').trim_end_matches(']').to_owned(),
-            port: authority.port_u16().unwrap_or(80),
+            host,
+            port: authority.port_u16().unwrap_or(if secure { 443 } else { 80 }),
+            tls,
             authority: HeaderValue::from_str(authority.as_str()).map_err(|_| wrong("its host is odd"))?,
             authorization,
             idle: Mutex::new(Vec::new()),
@@ -132,27 +150,26 @@ impl Upstream {
     /// A new connection.
     pub(crate) async fn connect_anew(&self, timeout: Duration) -> Result<Connection, SendError> {
         let late = |_| io::Error::new(io::ErrorKind::TimedOut, "no connection in time");
-        let connecting = TcpStream::connect((self.host.as_str(), self.port));
+        let connecting = async {
+            let stream = TcpStream::connect((self.host.as_str(), self.port)).await?;
+            // A request is one small write that must not wait for another.
+            if let Err(error) = stream.set_nodelay(true) {
+                tracing::debug!(%error, "TCP_NODELAY");
+            }
+            match &self.tls {
+                None => Ok(Err(stream)),
+                Some((tls, name)) => tls.connect(name.clone(), stream).await.map(Ok),
+            }
+        };
         let stream = tokio::time::timeout(timeout, connecting)
             .await
             .map_err(late)
             .and_then(|connected| connected)
             .map_err(SendError::Connect)?;
-        // A request is one small write that must not wait for another.
-        if let Err(error) = stream.set_nodelay(true) {
-            tracing::debug!(%error, "TCP_NODELAY");
+        match stream {
+            Err(plain) => speak(plain).await,
+            Ok(secure) => speak(secure).await,
         }
-        let (sender, connection) = http1::Builder::new()
-            .max_buf_size(64 << 10)
-            .handshake(TokioIo::new(stream))
-            .await
-            .map_err(|error| SendError::Broken { error, stale: false })?;
-        let task = tokio::spawn(async move {
-            if let Err(error) = connection.await {
-                tracing::debug!(%error, "a connection to a replica ended");
-            }
-        });
-        Ok(Connection { sender, task, used: false })
     }
 
     /// Sends a request over `connection` and waits for the response's head.
@@ -228,27 +245,45 @@ pub(crate) async fn ask(
     tokio::time::timeout(timeout, asking).await.unwrap_or_else(|_| Err(late()))
 }
 
+/// HTTP over a stream, driven by a task of its own.
+async fn speak(
+    stream: impl AsyncRead + AsyncWrite + Send + Unpin + 'static,
+) -> Result<Connection, SendError> {
+    let (sender, connection) = http1::Builder::new()
+        .max_buf_size(64 << 10)
+        .handshake(TokioIo::new(stream))
+        .await
+        .map_err(|error| SendError::Broken { error, stale: false })?;
+    let task = tokio::spawn(async move {
+        if let Err(error) = connection.await {
+            tracing::debug!(%error, "a connection to a replica ended");
+        }
+    });
+    Ok(Connection { sender, task, used: false })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
     fn addresses_are_read_or_refused_with_the_reason() {
+        let made = rcgen::generate_simple_self_signed(vec!["host".to_owned()]).unwrap();
+        let trust = Trust::pem(made.cert.pem().as_bytes()).unwrap();
+        let new = |url: &str| Upstream::new(url, None, &trust);
+        assert_eq!(new("https://host").map(|u| u.port).ok(), Some(443));
         for good in ["http://127.0.0.1:8081", "http://host", "http://[::1]:9/"] {
-            assert!(Upstream::new(good, None).is_ok(), "{good}");
+            assert!(new(good).is_ok(), "{good}");
         }
-        assert_eq!(
-            Upstream::new("http://[::1]:9", None).map(|u| (u.host, u.port)).ok(),
-            Some(("::1".into(), 9))
-        );
+        assert_eq!(new("http://[::1]:9").map(|u| (u.host, u.port)).ok(), Some(("::1".into(), 9)));
         for (bad, reason) in [
-            ("https://host", "scheme"),
+            ("ftp://host", "scheme"),
             ("host:80", "scheme"),
             ("http://host/v1", "path"),
             ("http://user:secret@host", "key"),
             ("", "URL"),
         ] {
-            let error = Upstream::new(bad, None).err().map(|e| e.reason).unwrap_or_default();
+            let error = new(bad).err().map(|e| e.reason).unwrap_or_default();
             assert!(error.contains(reason), "{bad}: {error}");
         }
     }

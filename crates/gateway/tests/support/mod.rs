@@ -13,7 +13,7 @@ use consort_gateway::{Gateway, Settings};
 use serde_json::{Value, json};
 use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::Notify;
+use tokio::sync::{Notify, watch};
 
 /// What a replica does with the next request for an answer.
 #[derive(Clone, Debug)]
@@ -28,6 +28,18 @@ pub(crate) enum Act {
     Hold(usize),
     /// Sends this many events, waits to be told to go on, and breaks off.
     HoldAndBreak(usize),
+    /// Sends these bytes, head and all, and closes the connection.
+    Raw(Vec<u8>),
+    /// Sends these bytes and then nothing, with the connection open.
+    Stuck(Vec<u8>),
+    /// Sends the first bytes, and then the second again and again until it is cut off.
+    Flood(Vec<u8>, Vec<u8>),
+    /// Sends this many events and is dead from then on.
+    Die(usize),
+    /// Sends this many events and goes on with an act that sends bytes.
+    Then(usize, Box<Act>),
+    /// Answers with this text for its first word, in two pieces that are cut so many bytes behind the text's beginning.
+    Cut(&'static str, usize),
 }
 
 /// A scripted replica.
@@ -40,10 +52,25 @@ pub(crate) struct Replica {
     pub(crate) asked: Mutex<Vec<(String, Value)>>,
     pub(crate) finished: AtomicU64,
     pub(crate) go_on: Notify,
+    /// Answers as any server of OpenAI's API does, and knows nothing of ours.
+    plain: bool,
+    /// Bytes that floods could send, and told when one was cut off.
+    pub(crate) flooded: AtomicU64,
+    pub(crate) cut_off: Notify,
+    dead: watch::Sender<bool>,
 }
 
 impl Replica {
     pub(crate) async fn start(fingerprint: &'static str) -> Arc<Replica> {
+        Replica::run(fingerprint, false).await
+    }
+
+    /// A server that isn't ours.
+    pub(crate) async fn plain() -> Arc<Replica> {
+        Replica::run("", true).await
+    }
+
+    async fn run(fingerprint: &'static str, plain: bool) -> Arc<Replica> {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let replica = Arc::new(Replica {
             address: listener.local_addr().unwrap(),
@@ -52,15 +79,35 @@ impl Replica {
             asked: Mutex::default(),
             finished: AtomicU64::new(0),
             go_on: Notify::new(),
+            plain,
+            flooded: AtomicU64::new(0),
+            cut_off: Notify::new(),
+            dead: watch::channel(false).0,
         });
         let serving = replica.clone();
         tokio::spawn(async move {
-            while let Ok((stream, _)) = listener.accept().await {
-                let replica = serving.clone();
-                tokio::spawn(async move { replica.serve(stream).await });
+            let mut dead = serving.dead.subscribe();
+            loop {
+                let accepted = tokio::select! {
+                    accepted = listener.accept() => accepted,
+                    _ = dead.wait_for(|dead| *dead) => return,
+                };
+                let Ok((stream, _)) = accepted else { return };
+                let (replica, mut dead) = (serving.clone(), serving.dead.subscribe());
+                tokio::spawn(async move {
+                    tokio::select! {
+                        _ = replica.serve(stream) => {}
+                        _ = dead.wait_for(|dead| *dead) => {}
+                    }
+                });
             }
         });
         replica
+    }
+
+    /// Nobody listens there any more, and all connections are closed.
+    pub(crate) fn kill(&self) {
+        self.dead.send_replace(true);
     }
 
     pub(crate) fn act(&self, act: Act) {
@@ -86,7 +133,12 @@ impl Replica {
                 .map_or(0, |l| l.parse().unwrap());
             let mut body = vec![0; length];
             stream.read_exact(&mut body).await.ok()?;
-            if head.starts_with("POST") {
+            if head.starts_with("POST /tokenize") {
+                let body: Value = serde_json::from_slice(&body).unwrap();
+                let count = body["prompt"].as_str().map_or(0, |text| text.split(' ').count());
+                self.asked.lock().unwrap().push((head.clone(), body));
+                respond(&mut stream, 200, &json!({"count": count})).await?;
+            } else if head.starts_with("POST") {
                 let body: Value = serde_json::from_slice(&body).unwrap();
                 self.asked.lock().unwrap().push((head.clone(), body.clone()));
                 let act = {
@@ -95,6 +147,11 @@ impl Replica {
                 };
                 self.answer(&mut stream, &body, act).await?;
                 self.finished.fetch_add(1, Ordering::SeqCst);
+            } else if self.plain && head.starts_with("GET /ready") {
+                respond(&mut stream, 404, &json!({"error": "not found"})).await?;
+            } else if self.plain {
+                let cards = json!([{"id": "m"}, {"id": "other"}]);
+                respond(&mut stream, 200, &json!({"object": "list", "data": cards})).await?;
             } else if head.starts_with("GET /ready") {
                 let ready = json!({"status": "ready", "model": "m", "system_fingerprint": self.fingerprint});
                 respond(&mut stream, 200, &ready).await?;
@@ -107,7 +164,49 @@ impl Replica {
 
     async fn answer(&self, stream: &mut BufReader<TcpStream>, body: &Value, act: Option<Act>) -> Option<()> {
         let mut events = events(body, self.fingerprint);
+        let act = match act {
+            Some(Act::Then(count, act)) => {
+                stream.write_all(STREAM_HEAD.as_bytes()).await.ok()?;
+                for event in events.drain(..count.min(events.len())) {
+                    chunk(stream, &event).await?;
+                }
+                Some(*act)
+            }
+            act => act,
+        };
         match act {
+            Some(Act::Cut(said, behind)) => {
+                let all = events.concat().replace("w0 ", said);
+                let at = all.find(said).unwrap_or(0) + behind;
+                let (first, second) = all.as_bytes().split_at(at);
+                let bytes =
+                    [STREAM_HEAD.as_bytes(), &chunked(first), &chunked(second), b"0\r\n\r\n"].concat();
+                return stream.write_all(&bytes).await.ok();
+            }
+            Some(Act::Raw(bytes)) => {
+                stream.write_all(&bytes).await.ok()?;
+                return None;
+            }
+            Some(Act::Stuck(bytes)) => {
+                stream.write_all(&bytes).await.ok()?;
+                return std::future::pending().await;
+            }
+            Some(Act::Flood(first, again)) => {
+                stream.write_all(&first).await.ok()?;
+                while stream.write_all(&again).await.is_ok() {
+                    self.flooded.fetch_add(again.len() as u64, Ordering::SeqCst);
+                }
+                self.cut_off.notify_one();
+                return None;
+            }
+            Some(Act::Die(count)) => {
+                stream.write_all(STREAM_HEAD.as_bytes()).await.ok()?;
+                for event in events.drain(..count) {
+                    chunk(stream, &event).await?;
+                }
+                self.kill();
+                return None;
+            }
             Some(Act::Late(ms)) => tokio::time::sleep(Duration::from_millis(ms)).await,
             Some(Act::Status(status, code)) => {
                 let error = json!({"error": {"message": code, "type": "x", "param": null, "code": code}});
@@ -123,8 +222,13 @@ impl Replica {
             }
             _ => {}
         }
-        let head = "HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\nx-seed: 7\r\ntransfer-encoding: chunked\r\n\r\n";
-        stream.write_all(head.as_bytes()).await.ok()?;
+        if self.plain && body["stream"] != true {
+            let answer = json!({"id": "x", "object": "chat.completion", "model": "m",
+                "choices": [{"index": 0, "message": {"role": "assistant", "content": "plain"}, "finish_reason": "stop"}],
+                "usage": {"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7}});
+            return respond(stream, 200, &answer).await;
+        }
+        stream.write_all(STREAM_HEAD.as_bytes()).await.ok()?;
         for (i, event) in events.iter().enumerate() {
             match act {
                 Some(Act::Hold(count)) if count == i => self.go_on.notified().await,
@@ -138,6 +242,18 @@ impl Replica {
         }
         stream.write_all(b"0\r\n\r\n").await.ok()
     }
+}
+
+/// What a stream of events begins with.
+pub(crate) const STREAM_HEAD: &str =
+    "HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\nx-seed: 7\r\ntransfer-encoding: chunked\r\n\r\n";
+
+/// Bytes in chunked encoding.
+pub(crate) fn chunked(bytes: &[u8]) -> Vec<u8> {
+    let mut out = format!("{:x}\r\n", bytes.len()).into_bytes();
+    out.extend_from_slice(bytes);
+    out.extend_from_slice(b"\r\n");
+    out
 }
 
 async fn chunk(stream: &mut BufReader<TcpStream>, event: &str) -> Option<()> {
@@ -155,7 +271,7 @@ async fn respond(stream: &mut BufReader<TcpStream>, status: u16, body: &Value) -
 }
 
 /// The answer to any request: `max_tokens` words, the ids 100, 101, …, behind what was emitted.
-fn events(body: &Value, fingerprint: &str) -> Vec<String> {
+pub(crate) fn events(body: &Value, fingerprint: &str) -> Vec<String> {
     let (id, created) = (&body["consort"]["id"], &body["consort"]["created"]);
     let head = |choices: Value, usage: Value| {
         let json = json!({"id": id, "object": "chat.completion.chunk", "created": created, "model": "m",
@@ -211,7 +327,7 @@ pub(crate) fn fleet(replicas: &[Arc<Replica>], numerics: Numerics) -> Fleet {
             key: Some("replica-secret".to_owned()),
             slow_start_ms: 0,
             draining: false,
-            protocol: Protocol::Consort,
+            protocol: if replica.plain { Protocol::OpenAi } else { Protocol::Consort },
         })
         .collect();
     let version = FleetVersion { name: "stable".to_owned(), weight: 1, numerics, on_trial: false, replicas };

@@ -17,6 +17,10 @@ use crate::http::connections::Busy;
 
 pub(crate) const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 const TIMEOUT: HeaderName = HeaderName::from_static("x-request-timeout-ms");
+/// How often a gateway wants a sign of life: it takes a longer silence for a hang.
+const KEEP_ALIVE: HeaderName = HeaderName::from_static("x-keep-alive-ms");
+/// And how often it can have one.
+const OFTEN: Duration = Duration::from_millis(10);
 
 /// A request's id and time.
 #[derive(Clone, Debug)]
@@ -24,6 +28,8 @@ pub(crate) struct Context {
     pub(crate) id: HeaderValue,
     pub(crate) arrived: Instant,
     pub(crate) deadline: Instant,
+    /// A stream says something at least this often, where the server's own setting isn't less.
+    pub(crate) keep_alive: Option<Duration>,
 }
 
 impl Context {
@@ -47,8 +53,11 @@ impl Context {
                 Duration::from_millis(ms).min(longest)
             }
         };
+        // Nothing but a comment hangs on it, so one that can't be read is none.
+        let keep_alive = headers.get(&KEEP_ALIVE).and_then(|value| value.to_str().ok()?.trim().parse().ok());
+        let keep_alive = keep_alive.map(|ms| Duration::from_millis(ms).max(OFTEN));
         let arrived = Instant::now();
-        Ok(Context { id, arrived, deadline: arrived + timeout })
+        Ok(Context { id, arrived, deadline: arrived + timeout, keep_alive })
     }
 }
 

@@ -7,7 +7,7 @@ use crate::error::{Outcome, Refusal};
 use crate::json::{self, List, Malformed, Object};
 
 /// What is wrong with `text`, said as serde_json says it.
-pub(super) fn explain(text: &str, malformed: Malformed) -> String {
+pub(crate) fn explain(text: &str, malformed: Malformed) -> String {
     match serde_json::from_str::<serde::de::IgnoredAny>(text) {
         Err(error) => format!("the body is not valid JSON: {error}"),
         Ok(_) if malformed.at <= text.len() - text.trim_ascii_start().len() => {

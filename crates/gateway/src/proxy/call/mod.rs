@@ -11,7 +11,8 @@ use bytes::{BufMut as _, Bytes, BytesMut};
 
 mod fields;
 
-use fields::{Fields, Reason, explain};
+pub(crate) use fields::explain;
+use fields::{Fields, Reason};
 
 use super::random;
 use crate::error::{Outcome, Refusal};

@@ -22,8 +22,8 @@ use super::attempt::{Attempt, Failure, Question, Refused, Reply};
 use super::call::Call;
 use super::chunk::Chunk;
 use super::plain::PlainAnswer;
-use super::shadow;
 use super::progress::{News, Progress};
+use super::shadow;
 use super::sse::Event as Sse;
 use crate::Gateway;
 use crate::error::Refusal;
@@ -34,6 +34,8 @@ use crate::telemetry::{Place, Tally};
 
 /// The time a request has left, in milliseconds; replicas know it too.
 const TIMEOUT: HeaderName = HeaderName::from_static("x-request-timeout-ms");
+/// How often a replica is to give a sign of life on a stream.
+const KEEP_ALIVE: HeaderName = HeaderName::from_static("x-keep-alive-ms");
 
 /// What there is to tell the client next.
 pub(crate) enum Next {
@@ -404,13 +406,18 @@ impl Session {
         self.news = Some(now);
     }
 
-    fn question_headers(&self) -> Result<HeaderMap, Refusal> {
+    fn question_headers(&self, protocol: Protocol) -> Result<HeaderMap, Refusal> {
         let left = self.deadline.saturating_duration_since(Instant::now());
         if left < Duration::from_millis(1) {
             return Err(Refusal::deadline());
         }
         let mut headers = self.headers.clone();
-        headers.insert(TIMEOUT, HeaderValue::from(u64::try_from(left.as_millis()).unwrap_or(u64::MAX)));
+        if protocol == Protocol::Consort {
+            let ms = |time: Duration| HeaderValue::from(u64::try_from(time.as_millis()).unwrap_or(u64::MAX));
+            headers.insert(TIMEOUT, ms(left));
+            // Two of three signs of life may be late before silence is a hang.
+            headers.insert(KEEP_ALIVE, ms(self.settings.replicas.silence_timeout / 3));
+        }
         Ok(headers)
     }
 
@@ -418,7 +425,7 @@ impl Session {
     fn question(&self, protocol: Protocol) -> Result<Question, Refusal> {
         Ok(Question {
             path: self.call.shape.path(),
-            headers: self.question_headers()?,
+            headers: self.question_headers(protocol)?,
             body: match protocol {
                 Protocol::Consort => self.body(),
                 Protocol::OpenAi => self.call.plain_body(&self.model.name, &self.model.literal),
