@@ -13,3 +13,5 @@ pub(crate) mod limits;
 pub(crate) mod liveness;
 pub(crate) mod outlier;
 pub(crate) mod shadow;
+#[cfg(test)]
+mod simulation;

@@ -31,16 +31,16 @@ pub(super) fn table(alone: &Side, sides: &[Side]) -> String {
             (String::new(), [String::new(), String::new()])
         } else {
             let at = median(side.times.iter().map(|(through, _)| through.rate).collect());
-            let added = [side.added(|l| l.p50), side.added(|l| l.p99)];
-            (format!("{at:.0}/s"), added.map(|us| format!("{us:.0} µs")))
+            let (p50, p99) = side.added();
+            (format!("{at:.0}/s"), [p50, p99].map(|us| format!("{us:.0} µs")))
         };
         text += &format!(
             "| {} | {:.0} | {:.3} | {:.2} / {:.2} ms | {at} | {} | {} |\n",
             label(side.name),
             side.rate(),
             ratio.unwrap_or(f64::NAN),
-            side.burst_us(|burst| burst.p50) / 1e3,
-            side.burst_us(|burst| burst.p99) / 1e3,
+            side.at_limit().0 / 1e3,
+            side.at_limit().1 / 1e3,
             added[0],
             added[1],
         );
@@ -58,7 +58,8 @@ pub(super) fn page(rounds: usize, cores: &Cores, proxies: &[Proxy], ours: f64, t
         page. Machine: {machine}. {versions}.\n\n\
         {table}\n\
         Every proxy has one core; {load}. All run all the time and take turns under load, {rounds} rounds of {SECONDS} s; \
-        figures are medians of the rounds, and ratios and differences are taken within a round.\n\n\
+        figures are medians of the rounds, and ratios and differences are taken within a round. Of 99th percentiles the \
+        least of the rounds is shown: what else runs on a machine only ever adds to them.\n\n\
         - *requests/s, p50 / p99 at the limit*: wrk, {wrk} keep-alive connections, a chat request of two short messages. \
         The upstream is an nginx with a fixed answer of {answer} bytes.\n\
         - *adds*: what a request takes through the proxy less what it takes at the upstream alone, in an open loop: {open} \
