@@ -20,3 +20,4 @@ mod rollout;
 mod signals;
 mod steady;
 mod up;
+mod watching;

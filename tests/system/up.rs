@@ -41,8 +41,14 @@ pub(crate) fn up_file(text: &str) -> Up {
 }
 
 pub(crate) fn start(folder: tempfile::TempDir, arguments: &[&str]) -> Up {
+    start_with(folder, arguments, &[])
+}
+
+/// With further variables in its environment.
+pub(crate) fn start_with(folder: tempfile::TempDir, arguments: &[&str], environment: &[(&str, &str)]) -> Up {
     let machine = machine();
     let mut child = command(folder.path())
+        .envs(environment.iter().copied())
         .arg("up")
         .args(arguments)
         .args(["--port", "0", "--json"])

@@ -1,7 +1,7 @@
 //! Every environment variable this program reads, and nothing else reads any.
 //!
 //! Ours begin with `CONSORT_`. A few of other tools' are honoured so that a machine set up for them needs no more:
-//! `HF_TOKEN`, `PIP_INDEX_URL`, `XDG_CACHE_HOME`, `XDG_STATE_HOME`, `NO_COLOR`. (The HTTP client honours `HTTPS_PROXY` and kin, the TLS
+//! `HF_TOKEN`, `OTEL_EXPORTER_OTLP_ENDPOINT`, `PIP_INDEX_URL`, `XDG_CACHE_HOME`, `XDG_STATE_HOME`, `NO_COLOR`. (The HTTP client honours `HTTPS_PROXY` and kin, the TLS
 //! roots `SSL_CERT_FILE`.)
 
 use std::path::PathBuf;
@@ -71,9 +71,22 @@ pub(crate) fn log_filter(default: &str) -> String {
     var("CONSORT_LOG").unwrap_or_else(|| default.to_string())
 }
 
-/// Whether logs are JSON: `CONSORT_LOG_FORMAT=json`.
+/// Whether logs are JSON: as [`set_log_json`] says, else `CONSORT_LOG_FORMAT=json`.
 pub(crate) fn log_json() -> bool {
-    var("CONSORT_LOG_FORMAT").is_some_and(|v| v.eq_ignore_ascii_case("json"))
+    let given = LOG_JSON.get().copied();
+    given.unwrap_or_else(|| var("CONSORT_LOG_FORMAT").is_some_and(|v| v.eq_ignore_ascii_case("json")))
+}
+
+static LOG_JSON: std::sync::OnceLock<bool> = std::sync::OnceLock::new();
+
+/// What the command line says of it, once.
+pub(crate) fn set_log_json(json: bool) {
+    let _ = LOG_JSON.set(json);
+}
+
+/// Where traces go: `CONSORT_OTLP_ENDPOINT`, else `OTEL_EXPORTER_OTLP_ENDPOINT`.
+pub(crate) fn otlp_endpoint() -> Option<String> {
+    var("CONSORT_OTLP_ENDPOINT").or_else(|| var("OTEL_EXPORTER_OTLP_ENDPOINT"))
 }
 
 /// Whether this is a terminal whose lines the editor can redraw; the names are the ones it knows as unable.

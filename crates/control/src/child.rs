@@ -16,6 +16,7 @@ use http_body_util::{BodyExt as _, Empty, Limited};
 use hyper::body::Bytes;
 use hyper_util::rt::TokioIo;
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 use tokio::io::{AsyncBufRead, AsyncBufReadExt as _, AsyncRead, AsyncReadExt as _, BufReader};
 use tokio::net::TcpStream;
 use tokio::process::{ChildStdin, Command};
@@ -91,13 +92,39 @@ pub(crate) fn start(
 async fn pass_on(id: ReplicaId, stderr: impl AsyncRead + Unpin, last: Arc<Mutex<VecDeque<String>>>) {
     let mut lines = BufReader::new(stderr);
     while let Some(line) = line(&mut lines).await {
-        tracing::info!(target: "replica", "[{id}] {line}");
+        let line = logged(&id, line);
         let mut last = last.lock().unwrap_or_else(PoisonError::into_inner);
         if last.len() == LAST_LINES {
             last.pop_front();
         }
         last.push_back(line.chars().take(400).collect());
     }
+}
+
+/// Logs what a replica logged, under its id; returns the words in it. Lines of JSON keep what connects them with a request
+/// as fields of their own, so that one search finds it in every process.
+fn logged(id: &ReplicaId, line: String) -> String {
+    let Ok(Value::Object(mut fields)) = serde_json::from_str::<Value>(&line) else {
+        tracing::info!(target: "replica", "[{id}] {line}");
+        return line;
+    };
+    let mut take = |name: &str| match fields.remove(name) {
+        Some(Value::String(text)) => text,
+        Some(other) => other.to_string(),
+        None => String::new(),
+    };
+    let (level, message) = (take("level"), take("message"));
+    let (request_id, trace_id) = (take("request_id"), take("trace_id"));
+    take("timestamp");
+    take("target");
+    let detail = Value::Object(fields).to_string();
+    let replica = id.as_str();
+    match level.as_str() {
+        "ERROR" => tracing::error!(target: "replica", replica, request_id, trace_id, detail, "{message}"),
+        "WARN" => tracing::warn!(target: "replica", replica, request_id, trace_id, detail, "{message}"),
+        _ => tracing::info!(target: "replica", replica, request_id, trace_id, detail, "{message}"),
+    }
+    format!("{message} {detail}")
 }
 
 async fn listen(id: ReplicaId, stdout: impl AsyncRead + Unpin, events: Sender<Event>) {

@@ -11,6 +11,7 @@ use consort_api::{
     BreakerState, FleetSnapshot, GatewayTotals, ReplicaState, ShadowSnapshot, VersionSnapshot,
 };
 use consort_base::Histogram as Ever;
+use consort_meter::trace::{Span, Trace};
 use consort_meter::{Counter, Distribution, Family, Gauge, Histogram, Metrics};
 use hyper::header::HeaderValue;
 
@@ -448,13 +449,13 @@ pub(crate) struct Record {
     pub(crate) status: u16,
     pub(crate) streams: bool,
     pub(crate) request_id: HeaderValue,
-    trace: String,
+    trace: Trace,
     arrived: Instant,
     counted: bool,
 }
 
 impl Record {
-    pub(crate) fn new(telemetry: &Arc<Telemetry>, request_id: HeaderValue, trace: String) -> Record {
+    pub(crate) fn new(telemetry: &Arc<Telemetry>, request_id: HeaderValue, trace: Trace) -> Record {
         Record {
             telemetry: telemetry.clone(),
             tally: Arc::default(),
@@ -547,12 +548,28 @@ impl Drop for Record {
             return;
         }
         let place = tally.place();
+        if self.trace.is_sampled() {
+            let name = place.map_or("-", |place| place.model.as_str());
+            let mut span = Span::ending(self.trace, self.route, took)
+                .with("http.route", self.route)
+                .with("http.response.status_code", u64::from(status))
+                .with("consort.request_id", request_id)
+                .with("consort.key", key)
+                .with("gen_ai.request.model", name)
+                .with("consort.version", place.map_or("-", |place| place.version.as_str()))
+                .with("gen_ai.usage.input_tokens", prompt)
+                .with("gen_ai.usage.output_tokens", answer)
+                .with("consort.retries", u64::from(tally.retries.load(Ordering::Relaxed)))
+                .with("consort.resumes", u64::from(tally.resumes.load(Ordering::Relaxed)));
+            span.failed = failed || status >= 500;
+            consort_meter::otlp::export(span);
+        }
         tracing::info!(
             route = self.route,
             status,
             ms,
             request_id,
-            trace_id = self.trace,
+            trace_id = self.trace.id(),
             key,
             model = place.map_or("-", |place| &place.model),
             version = place.map_or("-", |place| &place.version),

@@ -1,7 +1,9 @@
-//! Logs and metrics: how the other crates are watched, and no decision of its own.
+//! Logs, metrics and traces: how the other crates are watched, and no decision of its own.
 
 mod logging;
 mod metrics;
+pub mod otlp;
+pub mod trace;
 
 pub use logging::{LogError, LogFormat, init_logging};
 pub use metrics::{Distribution, Metrics, Sample, SampleKind, SampleSource};

@@ -67,6 +67,7 @@ pub(crate) struct Gateway {
 impl Gateway {
     pub(crate) fn run(self) -> Result<()> {
         super::log("warn")?;
+        super::traces("consort-gateway")?;
         let trust = self.trust()?;
         let discovery = self.discovery(&trust)?;
         let mut settings = Settings::default();

@@ -23,6 +23,16 @@ use clap::{Parser, Subcommand};
 pub(crate) struct Cli {
     #[command(subcommand)]
     command: Command,
+    /// How log lines look; json also logs each request, with its id [default: CONSORT_LOG_FORMAT, else text]
+    #[arg(long, global = true, value_enum, value_name = "FORMAT")]
+    log: Option<LogFormat>,
+}
+
+/// How log lines look.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+enum LogFormat {
+    Text,
+    Json,
 }
 
 #[derive(Subcommand, Debug)]
@@ -64,6 +74,9 @@ impl std::error::Error for UsageError {}
 impl Cli {
     /// Runs the subcommand. `started` is when the process began, for the times that are reported.
     pub(crate) fn run(self, started: Instant) -> Result<()> {
+        if let Some(format) = self.log {
+            crate::environment::set_log_json(format == LogFormat::Json);
+        }
         match self.command {
             Command::Up(up) => up.run(started),
             Command::Run(run) => run.run(started),
@@ -79,15 +92,22 @@ impl Cli {
     }
 }
 
-/// Sends logs to standard error: `CONSORT_LOG`, else `default`.
+/// Sends logs to standard error: `CONSORT_LOG`, else `default`; each request too where a collector reads them.
 fn log(default: &str) -> Result<()> {
-    let format = if crate::environment::log_json() {
-        consort_meter::LogFormat::Json
+    let (format, default) = if crate::environment::log_json() {
+        (consort_meter::LogFormat::Json, "info")
     } else {
-        consort_meter::LogFormat::Text
+        (consort_meter::LogFormat::Text, default)
     };
     consort_meter::init_logging(format, &crate::environment::log_filter(default))
         .map_err(|e| UsageError(format!("CONSORT_LOG: {e}")).into())
+}
+
+/// Sends traces to a collector, where one is named.
+fn traces(service: &str) -> Result<()> {
+    let Some(endpoint) = crate::environment::otlp_endpoint() else { return Ok(()) };
+    consort_meter::otlp::start(&endpoint, service)
+        .map_err(|e| UsageError(format!("CONSORT_OTLP_ENDPOINT: {e}")).into())
 }
 
 #[cfg(test)]

@@ -66,6 +66,7 @@ impl ServeOptions {
     /// Fetches, binds, loads and serves until told to stop.
     pub(crate) fn serve(self, model: &str) -> Result<()> {
         super::log("warn")?;
+        super::traces("consort-replica")?;
         let hub = environment::hub()?;
         let model = loading::reference(&hub, model)?;
         let name = self.name.clone().unwrap_or_else(|| model.short_name());

@@ -77,6 +77,7 @@ pub(crate) struct Up {
 impl Up {
     pub(crate) fn run(mut self, started: Instant) -> Result<()> {
         super::log("warn")?;
+        super::traces("consort-gateway")?;
         let (source, mut deployment) = match &self.file {
             Some(file) => (Source::File(file.clone()), up::read(file).map_err(wrong)?),
             None => (Source::Arguments, self.deployment()?),

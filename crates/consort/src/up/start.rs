@@ -15,6 +15,9 @@ pub(crate) fn command(key: String) -> Result<Start> {
         command.args(arguments(launch));
         // In the environment, which other users can't see, as they can a command line.
         command.env("CONSORT_API_KEY", &key);
+        if crate::environment::log_json() {
+            command.env("CONSORT_LOG_FORMAT", "json");
+        }
         command
     }))
 }

@@ -122,7 +122,7 @@ impl Front {
         }
         let mut headers = HeaderMap::new();
         headers.insert(REQUEST_ID, context.record.request_id.clone());
-        headers.insert(TRACEPARENT, context.trace.header());
+        headers.insert(TRACEPARENT, crate::trace::header(&context.trace));
         let tally = context.record.tally.clone();
         let request =
             proxy::Request { call, model, version, headers, deadline: context.deadline, key: client, tally };

@@ -20,7 +20,7 @@ use crate::Gateway;
 use crate::error::{Outcome, Refusal};
 use crate::proxy::call::Shape;
 use crate::telemetry::Record;
-use crate::trace::Trace;
+use consort_meter::trace::Trace;
 
 pub(crate) const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 const TIMEOUT: HeaderName = HeaderName::from_static("x-request-timeout-ms");
@@ -83,8 +83,8 @@ impl Front {
         let request_id = request_id(headers);
         let origin =
             guard::cors_origin(headers, settings).and_then(|origin| HeaderValue::from_str(origin).ok());
-        let trace = Trace::of(headers, crate::proxy::random);
-        let record = Box::new(Record::new(&self.gateway.telemetry, request_id.clone(), trace.id()));
+        let trace = crate::trace::of(headers);
+        let record = Box::new(Record::new(&self.gateway.telemetry, request_id.clone(), trace));
         let outcome = match deadline(headers, settings.request_timeout) {
             Ok(_) if origin.is_some() && request.method() == Method::OPTIONS => Ok(preflight()),
             Ok(deadline) => self.route(request, Context { record, trace, peer, deadline }).await,

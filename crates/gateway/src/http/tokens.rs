@@ -50,7 +50,7 @@ impl Front {
         let version = canary::choose(canary::mix(0, &client), shares).unwrap_or(0);
         let mut headers = HeaderMap::new();
         headers.insert(REQUEST_ID, context.record.request_id.clone());
-        headers.insert(TRACEPARENT, context.trace.header());
+        headers.insert(TRACEPARENT, crate::trace::header(&context.trace));
         let mut failed: Vec<Arc<Replica>> = Vec::new();
         while failed.len() < TRIES {
             let Some(replica) = pick(&model, version, &failed) else { break };

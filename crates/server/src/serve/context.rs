@@ -9,6 +9,7 @@ use axum::extract::FromRequestParts;
 use axum::http::request::Parts;
 use axum::http::{HeaderMap, HeaderName, HeaderValue};
 use bytes::Bytes;
+use consort_meter::trace::{Span, Trace};
 use http_body::{Body as _, Frame, SizeHint};
 
 use super::App;
@@ -16,6 +17,7 @@ use crate::error::{ApiError, ApiResult};
 use crate::http::connections::Busy;
 
 pub(crate) const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+const TRACEPARENT: HeaderName = HeaderName::from_static("traceparent");
 const TIMEOUT: HeaderName = HeaderName::from_static("x-request-timeout-ms");
 /// How often a gateway wants a sign of life: it takes a longer silence for a hang.
 const KEEP_ALIVE: HeaderName = HeaderName::from_static("x-keep-alive-ms");
@@ -30,6 +32,8 @@ pub(crate) struct Context {
     pub(crate) deadline: Instant,
     /// A stream says something at least this often, where the server's own setting isn't less.
     pub(crate) keep_alive: Option<Duration>,
+    /// The gateway's trace, or one that begins here.
+    pub(crate) trace: Trace,
 }
 
 impl Context {
@@ -57,7 +61,9 @@ impl Context {
         let keep_alive = headers.get(&KEEP_ALIVE).and_then(|value| value.to_str().ok()?.trim().parse().ok());
         let keep_alive = keep_alive.map(|ms| Duration::from_millis(ms).max(OFTEN));
         let arrived = Instant::now();
-        Ok(Context { id, arrived, deadline: arrived + timeout, keep_alive })
+        let traceparent = headers.get(&TRACEPARENT).and_then(|value| value.to_str().ok());
+        let trace = Trace::of(traceparent, crate::params::random);
+        Ok(Context { id, arrived, deadline: arrived + timeout, keep_alive, trace })
     }
 }
 
@@ -86,6 +92,7 @@ pub(crate) struct Record {
     pub(crate) status: u16,
     pub(crate) id: HeaderValue,
     pub(crate) arrived: Instant,
+    pub(crate) trace: Option<Trace>,
     /// Keeps the connection from being closed as idle.
     pub(crate) _busy: Option<Busy>,
     pub(crate) complete: bool,
@@ -102,7 +109,18 @@ impl Drop for Record {
         if matches!(self.route, "/health" | "/ready" | "/metrics") {
             tracing::debug!(route = self.route, status, ms, request_id = id, "request");
         } else {
-            tracing::info!(route = self.route, status, ms, request_id = id, "request");
+            let trace = self.trace.map(|trace| trace.id()).unwrap_or_default();
+            tracing::info!(route = self.route, status, ms, request_id = id, trace_id = trace, "request");
+            // What is worth a span is an answer; the gateway's own questions belong to no request.
+            let answers = matches!(self.route, "/v1/chat/completions" | "/v1/completions");
+            if let Some(trace) = self.trace.filter(|trace| answers && trace.is_sampled()) {
+                let mut span = Span::ending(trace, self.route, took)
+                    .with("http.route", self.route)
+                    .with("http.response.status_code", u64::from(status))
+                    .with("consort.request_id", id);
+                span.failed = status >= 500;
+                consort_meter::otlp::export(span);
+            }
         }
     }
 }

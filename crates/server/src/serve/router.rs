@@ -80,6 +80,7 @@ async fn pass(State(app): State<App>, mut request: Request<Body>, next: Next) ->
         status: 0,
         id: context.as_ref().map_or_else(|_| fresh_id(), |c| c.id.clone()),
         arrived: std::time::Instant::now(),
+        trace: context.as_ref().ok().map(|c| c.trace),
         _busy: busy,
         // Nobody reads the body of an answer to HEAD.
         complete: request.method() == Method::HEAD,
