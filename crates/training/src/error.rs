@@ -34,6 +34,9 @@ pub enum Error {
     /// The model refused a batch, or memory was refused.
     #[error(transparent)]
     Model(#[from] consort_model::Error),
+    /// A checkpoint can't be written or read.
+    #[error("checkpoint: {0}")]
+    Checkpoint(String),
     /// The data is wrong, or can't be read.
     #[error(transparent)]
     Data(#[from] crate::data::DataError),
