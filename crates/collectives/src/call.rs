@@ -31,7 +31,8 @@ pub enum Operation {
 }
 
 impl Operation {
-    const ALL: [Self; 9] = [
+    /// All of them.
+    pub const ALL: [Self; 9] = [
         Self::AllReduce,
         Self::ReduceScatter,
         Self::AllGather,
@@ -42,6 +43,11 @@ impl Operation {
         Self::SendRecv,
         Self::Barrier,
     ];
+
+    /// The operation of that name.
+    pub fn by_name(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|operation| operation.name() == name)
+    }
 
     /// The name that messages use.
     pub fn name(self) -> &'static str {

@@ -29,6 +29,7 @@
 //! token is what lets a member in.
 
 mod auth;
+pub mod bench;
 mod call;
 mod control;
 mod element;

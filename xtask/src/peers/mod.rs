@@ -1,9 +1,10 @@
-//! `cargo xtask peers llama.cpp`: both sides on this machine, in turns, and the table that says how they compare.
+//! `cargo xtask peers llama.cpp` (and `peers collectives`, see there): both sides on this machine, in turns, and the table that says how they compare.
 //!
 //! The peer is built natively with all its instruction sets and runs with as many threads as we do. Every pair is
 //! A then B within seconds, because machines drift; the ratio quoted is the median of the pairs' ratios. Nothing
 //! else should run meanwhile.
 
+mod collectives;
 mod gateway;
 mod llama;
 mod measure;
@@ -49,6 +50,8 @@ pub(crate) struct PeersArguments {
     /// Prints the pairs as JSON and writes no document.
     #[arg(long)]
     json: bool,
+    #[command(flatten)]
+    collectives: collectives::CollectivesArguments,
 }
 
 /// A system that we measure beside ours.
@@ -59,6 +62,8 @@ enum Peer {
     LlamaCpp,
     /// nginx, HAProxy and LiteLLM, beside `consort gateway`.
     Gateway,
+    /// gloo (through PyTorch) and Open MPI, beside the process groups.
+    Collectives,
 }
 
 /// A group of rows.
@@ -89,6 +94,10 @@ pub(crate) fn compare(root: &Path, arguments: &PeersArguments) -> Result<()> {
     match arguments.peer {
         Peer::LlamaCpp => {}
         Peer::Gateway => return gateway::compare(root, arguments),
+        Peer::Collectives => {
+            let (build, json) = (!arguments.no_build, arguments.json);
+            return collectives::compare(root, &arguments.collectives, arguments.pairs, build, json);
+        }
     }
     let work = target_folder(root).join("peers");
     fs::create_dir_all(&work).with_context(|| format!("cannot make {}", work.display()))?;
