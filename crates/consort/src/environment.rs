@@ -56,6 +56,19 @@ pub(crate) fn hub() -> Result<Hub> {
     Ok(Hub::new(options))
 }
 
+const BENCH_STORE: &str = "CONSORT_BENCH_STORE";
+const BENCH_TOKEN: &str = "CONSORT_BENCH_TOKEN";
+
+/// The meeting place and the token of `consort bench collectives`, in a process that it started as a rank.
+pub(crate) fn bench_rank() -> Option<(String, String)> {
+    Some((var(BENCH_STORE)?, var(BENCH_TOKEN)?))
+}
+
+/// Makes `command` such a rank.
+pub(crate) fn for_bench_rank(command: &mut std::process::Command, store: &str, token: &str) {
+    command.env(BENCH_STORE, store).env(BENCH_TOKEN, token);
+}
+
 /// The key of a server, for serving and for asking: `CONSORT_API_KEY`.
 pub(crate) fn api_key() -> Option<String> {
     var("CONSORT_API_KEY")

@@ -1,5 +1,6 @@
 //! `consort bench …`: measurements that a user can repeat.
 
+mod collectives;
 mod serve;
 mod statistics;
 mod stream;
@@ -18,12 +19,15 @@ pub(crate) struct Bench {
 enum What {
     /// A server under load: throughput, first-token and inter-token times
     Serve(serve::ServeBench),
+    /// All-reduce and its relatives between processes: time and bandwidth by length
+    Collectives(collectives::CollectivesBench),
 }
 
 impl Bench {
     pub(crate) fn run(self) -> Result<()> {
         match self.what {
             What::Serve(serve) => serve.run(),
+            What::Collectives(collectives) => collectives.run(),
         }
     }
 }
