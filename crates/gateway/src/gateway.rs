@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use consort_api::{ApiKeyRecord, Fleet, FleetSnapshot};
+use consort_edge::is_loopback;
 use hyper::body::Incoming;
 use hyper::{Method, Request, Response};
 use tokio::net::TcpListener;
@@ -16,7 +17,6 @@ use tokio::net::TcpListener;
 use crate::fleet::{FleetError, Registry};
 use crate::http::accept::Server;
 use crate::http::body::Body;
-use crate::http::guard::is_loopback;
 use crate::http::tls::Tls;
 use crate::keys::{KeyError, Keys};
 use crate::policy::budget::Budget;

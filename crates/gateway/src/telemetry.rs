@@ -11,6 +11,7 @@ use consort_api::{
     BreakerState, FleetSnapshot, GatewayTotals, ReplicaState, ShadowSnapshot, VersionSnapshot,
 };
 use consort_base::Histogram as Ever;
+use consort_edge::Busy;
 use consort_meter::trace::{Span, Trace};
 use consort_meter::{Counter, Distribution, Family, Gauge, Histogram, Metrics};
 use hyper::header::HeaderValue;
@@ -452,6 +453,8 @@ pub(crate) struct Record {
     trace: Trace,
     arrived: Instant,
     counted: bool,
+    /// Its connection has a request until its answer is gone.
+    pub(crate) busy: Option<Busy>,
 }
 
 impl Record {
@@ -468,6 +471,7 @@ impl Record {
             trace,
             arrived: Instant::now(),
             counted: false,
+            busy: None,
         }
     }
 

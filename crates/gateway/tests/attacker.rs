@@ -215,6 +215,31 @@ async fn half_open_tls_handshakes_are_cut_and_keep_nobody_out() {
 }
 
 #[tokio::test]
+async fn connections_that_ask_nothing_make_room_and_busy_ones_stay() {
+    let replicas = [Replica::start("a").await];
+    let mut settings = settings();
+    settings.clients.header_timeout = Duration::from_secs(3600);
+    settings.clients.max_connections = 8;
+    let door = door(settings, &fleet(&replicas, Numerics::SameClass)).await;
+    replicas[0].act(Act::Hold(2));
+    let stream = door.open(&[], &chat(json!({"stream": true}))).await;
+    while replicas[0].count() == 0 {
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    let mut idle = Vec::new();
+    for begun in ["", "POST /v1/chat/completions HTTP/1.1\r\nhost: loc"].iter().cycle().take(40) {
+        let mut connection = tokio::net::TcpStream::connect(door.address).await.unwrap();
+        connection.write_all(begun.as_bytes()).await.unwrap();
+        idle.push(connection);
+    }
+    for _ in 0..3 {
+        assert_eq!(door.post(&[], &chat(json!({}))).await.status, 200);
+    }
+    replicas[0].go_on.notify_one();
+    assert_eq!(read(stream).await.text(), WORDS);
+}
+
+#[tokio::test]
 async fn slow_headers_and_slow_bodies_are_cut() {
     let replicas = [Replica::start("a").await];
     let mut settings = settings();

@@ -3,11 +3,11 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use consort_edge::Connections;
 use consort_inference::STEP_ROW_BOUNDS;
 use consort_meter::{Counter, Family, Histogram, Metrics, Sample, SampleKind, SampleSource};
 
 use crate::engine::Slot;
-use crate::http::connections::Connections;
 
 /// `route` and `status`.
 type RequestLabels = [(&'static str, String); 2];

@@ -6,6 +6,7 @@ use std::sync::atomic::AtomicUsize;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
+use consort_edge::{Busy, Origins, is_loopback};
 use hyper::body::Incoming;
 use hyper::header::{
     ACCESS_CONTROL_ALLOW_HEADERS, ACCESS_CONTROL_ALLOW_METHODS, ACCESS_CONTROL_ALLOW_ORIGIN,
@@ -15,10 +16,10 @@ use hyper::header::{
 use hyper::{Method, Request, Response, StatusCode};
 
 use super::body::Body;
-use super::guard;
 use crate::Gateway;
 use crate::error::{Outcome, Refusal};
 use crate::proxy::call::Shape;
+use crate::settings::ClientSettings;
 use crate::telemetry::Record;
 use consort_meter::trace::Trace;
 
@@ -77,14 +78,15 @@ impl Front {
         self: Arc<Front>,
         request: Request<Incoming>,
         peer: SocketAddr,
+        busy: Busy,
     ) -> Response<Body> {
         let headers = request.headers();
         let settings = &self.gateway.settings().clients;
         let request_id = request_id(headers);
-        let origin =
-            guard::cors_origin(headers, settings).and_then(|origin| HeaderValue::from_str(origin).ok());
+        let origin = origins(settings).cors(headers).and_then(|origin| HeaderValue::from_str(origin).ok());
         let trace = crate::trace::of(headers);
-        let record = Box::new(Record::new(&self.gateway.telemetry, request_id.clone(), trace));
+        let mut record = Box::new(Record::new(&self.gateway.telemetry, request_id.clone(), trace));
+        record.busy = Some(busy);
         let outcome = match deadline(headers, settings.request_timeout) {
             Ok(_) if origin.is_some() && request.method() == Method::OPTIONS => Ok(preflight()),
             Ok(deadline) => self.route(request, Context { record, trace, peer, deadline }).await,
@@ -124,13 +126,15 @@ impl Front {
         let headers = request.headers();
         let allowed = match access {
             Access::Open => Ok(None),
-            Access::Metrics if guard::is_loopback(context.peer.ip()) => Ok(None),
+            Access::Metrics if is_loopback(context.peer.ip()) => Ok(None),
             Access::Metrics | Access::Key => self.gateway.keys.check(headers),
         };
         match allowed {
             // Without a key, a browser may be driven by anybody's page.
             Ok(None) if *access != Access::Open && !self.gateway.keys.required() => {
-                if let Err(refusal) = guard::check(headers, &self.gateway.settings().clients) {
+                if let Err(foreign) = origins(&self.gateway.settings().clients).check(headers) {
+                    let refusal =
+                        Refusal::new(StatusCode::FORBIDDEN, "forbidden_origin", foreign.to_string());
                     return Err((refusal, context.record));
                 }
             }
@@ -212,6 +216,10 @@ impl Front {
         // Structs of strings and numbers always serialise.
         json(StatusCode::OK, serde_json::to_vec(&list).unwrap_or_default().into())
     }
+}
+
+fn origins(settings: &ClientSettings) -> Origins<'_> {
+    Origins { hosts: &settings.allowed_hosts, origins: &settings.allowed_origins }
 }
 
 /// When a request's time is up.

@@ -1,15 +1,9 @@
-//! Who may ask: the key, and against web pages from elsewhere the `Host` and `Origin` of a request.
-//!
-//! A server on loopback without a key trusts everyone on the machine, browsers included; so a page from elsewhere must
-//! not be able to drive it. Two ways in are closed. *Cross-origin*: a browser says where a page came from (`Origin`),
-//! and any origin but our own (or an allowed one) is refused. *DNS rebinding*: a page whose name was pointed at
-//! 127.0.0.1 counts as our own origin, but its `Host` is that name; so only loopback's names (and allowed ones) pass.
-//! With a key neither matters: no browser adds it by itself.
+//! Who may ask: the key; without one, whoever is no web page from elsewhere ([`Origins`]).
 
-use std::net::IpAddr;
-
-use axum::http::header::{AUTHORIZATION, HOST, ORIGIN};
+use axum::http::header::AUTHORIZATION;
 use axum::http::{HeaderMap, StatusCode};
+
+use consort_edge::{Foreign, Origins};
 
 use crate::error::{ApiError, ApiResult};
 use crate::options::{ApiKey, Options};
@@ -39,12 +33,8 @@ impl Guard {
         Guard {
             key: options.api_key.clone(),
             loopback,
-            hosts: options.allowed_hosts.iter().map(|h| h.to_ascii_lowercase()).collect(),
-            origins: options
-                .allowed_origins
-                .iter()
-                .map(|o| o.trim_end_matches('/').to_ascii_lowercase())
-                .collect(),
+            hosts: options.allowed_hosts.clone(),
+            origins: options.allowed_origins.clone(),
         }
     }
 
@@ -59,49 +49,22 @@ impl Guard {
                 };
                 if needed { check_key(key, headers) } else { Ok(()) }
             }
-            None => self.check_browser(headers),
+            None => {
+                let refused = |foreign: Foreign| {
+                    ApiError::new(StatusCode::FORBIDDEN, "forbidden_origin", foreign.to_string())
+                };
+                self.origins().check(headers).map_err(refused)
+            }
         }
     }
 
     /// The origin that may read the answer, where the request has one that was allowed.
     pub(crate) fn cors_origin<'a>(&self, headers: &'a HeaderMap) -> Option<&'a str> {
-        let origin = headers.get(ORIGIN)?.to_str().ok()?;
-        self.allows_origin(origin).then_some(origin)
+        self.origins().cors(headers)
     }
 
-    fn allows_origin(&self, origin: &str) -> bool {
-        self.origins.iter().any(|allowed| allowed == "*" || allowed.eq_ignore_ascii_case(origin))
-    }
-
-    fn check_browser(&self, headers: &HeaderMap) -> ApiResult<()> {
-        let refused =
-            |message: String| Err(ApiError::new(StatusCode::FORBIDDEN, "forbidden_origin", message));
-        let host = match headers.get(HOST).map(|h| h.to_str()) {
-            // HTTP/1.0 tools; a browser always says.
-            None => None,
-            Some(Ok(host)) => Some(host),
-            Some(Err(_)) => return refused("the Host header is not text".to_owned()),
-        };
-        if let Some(host) = host {
-            let name = host_name(host).to_ascii_lowercase();
-            if !is_loopback_name(&name) && !self.hosts.contains(&name) {
-                return refused(format!(
-                    "this server answers as localhost only, not as {name:?}; allow the name, or set an API key"
-                ));
-            }
-        }
-        if let Some(origin) = headers.get(ORIGIN) {
-            let origin = origin.to_str().unwrap_or("");
-            let own = origin
-                .split_once("://")
-                .is_some_and(|(_, at)| host.is_some_and(|h| h.eq_ignore_ascii_case(at)));
-            if !own && !self.allows_origin(origin) {
-                return refused(format!(
-                    "pages from {origin:?} may not call this server; allow the origin, or set an API key"
-                ));
-            }
-        }
-        Ok(())
+    fn origins(&self) -> Origins<'_> {
+        Origins { hosts: &self.hosts, origins: &self.origins }
     }
 }
 
@@ -118,27 +81,6 @@ fn check_key(key: &ApiKey, headers: &HeaderMap) -> ApiResult<()> {
         Some(token) if key.matches(token) => Ok(()),
         Some(_) => Err(unauthorized("the API key is wrong")),
         None => Err(unauthorized("the Authorization header must read Bearer KEY")),
-    }
-}
-
-/// `host:port` without the port, brackets off an IPv6 address.
-fn host_name(host: &str) -> &str {
-    if let Some(rest) = host.strip_prefix('[') {
-        return rest.split(']').next().unwrap_or("");
-    }
-    host.rsplit_once(':').map_or(host, |(name, _)| name)
-}
-
-fn is_loopback_name(name: &str) -> bool {
-    let name = name.trim_end_matches('.');
-    name == "localhost" || name.ends_with(".localhost") || name.parse::<IpAddr>().is_ok_and(is_loopback)
-}
-
-/// Loopback, also where it is an IPv4 address in IPv6's clothes.
-pub(crate) fn is_loopback(ip: IpAddr) -> bool {
-    match ip {
-        IpAddr::V4(v4) => v4.is_loopback(),
-        IpAddr::V6(v6) => v6.is_loopback() || v6.to_ipv4_mapped().is_some_and(|v4| v4.is_loopback()),
     }
 }
 

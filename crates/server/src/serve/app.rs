@@ -5,12 +5,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Instant;
 
+use consort_edge::Connections;
 use tokio::sync::Semaphore;
 
 use crate::engine::{Replica, Slot};
 use crate::error::{ApiError, ApiResult};
 use crate::http::body::BodyLimits;
-use crate::http::connections::Connections;
 use crate::http::guard::Guard;
 use crate::metrics::ServerMetrics;
 use crate::options::Options;

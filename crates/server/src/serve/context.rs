@@ -9,12 +9,12 @@ use axum::extract::FromRequestParts;
 use axum::http::request::Parts;
 use axum::http::{HeaderMap, HeaderName, HeaderValue};
 use bytes::Bytes;
+use consort_edge::Busy;
 use consort_meter::trace::{Span, Trace};
 use http_body::{Body as _, Frame, SizeHint};
 
 use super::App;
 use crate::error::{ApiError, ApiResult};
-use crate::http::connections::Busy;
 
 pub(crate) const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 const TRACEPARENT: HeaderName = HeaderName::from_static("traceparent");

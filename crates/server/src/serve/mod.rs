@@ -14,6 +14,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
+use consort_edge::{Connection, Connections, Timed, is_loopback};
 use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
@@ -21,9 +22,6 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
 
 use crate::engine::Slot;
-use crate::http::connections::{Connection, Connections};
-use crate::http::guard::is_loopback;
-use crate::http::socket::TimedSocket;
 use crate::options::Options;
 
 pub(crate) use app::App;
@@ -137,7 +135,7 @@ impl Server {
             tracing::debug!(%error, "TCP_NODELAY");
         }
         tokio::spawn(async move {
-            let socket = TokioIo::new(TimedSocket::new(stream, options.write_timeout));
+            let socket = TokioIo::new(Timed::new(stream, options.write_timeout));
             let mut builder = http1::Builder::new();
             builder
                 .timer(TokioTimer::new())
@@ -152,7 +150,7 @@ impl Server {
 
 /// Drives one connection to its end, or to where it must go.
 async fn run<S>(
-    served: http1::Connection<TokioIo<TimedSocket>, S>,
+    served: http1::Connection<TokioIo<Timed<TcpStream>>, S>,
     connection: Connection,
     mut closing: watch::Receiver<bool>,
 ) where
@@ -169,7 +167,7 @@ async fn run<S>(
                 }
                 return;
             }
-            () = connection.close.notified() => return,
+            () = connection.closed() => return,
             changed = closing.wait_for(|closing| *closing), if !graceful => {
                 graceful = true;
                 if changed.is_ok() {

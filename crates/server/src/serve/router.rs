@@ -11,11 +11,11 @@ use axum::http::{HeaderValue, Method, Request, StatusCode, Uri};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse as _, Response};
 use axum::routing::{get, post};
+use consort_edge::ConnectionHandle;
 
 use super::App;
 use super::context::{Context, REQUEST_ID, Record, Recorded, fresh_id};
 use crate::error::ApiError;
-use crate::http::connections::ConnectionHandle;
 use crate::http::guard::Access;
 use crate::{chat, completions, models, tokens};
 

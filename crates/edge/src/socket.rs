@@ -1,7 +1,9 @@
 //! A stream whose writer can't wait for ever.
 //!
-//! hyper bounds how long a client may take to *send*; nothing there bounds how long it may take to *read*. A write
-//! that makes no progress for `limit` fails here, the connection goes, the answer with it, and its replica is told.
+//! hyper bounds how long a client may take to *send*; nothing there bounds how long it may take to *read*. A client
+//! that stops reading fills the kernel's buffer, then hyper's; the answer's stream is then polled no more, so memory
+//! stays put. This wrapper adds the clock: a write that makes no progress for `limit` fails, the connection goes, and the
+//! answer with it.
 
 use std::future::Future as _;
 use std::io;
@@ -13,7 +15,7 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::time::{Instant, Sleep};
 
 /// A stream with a limit on each write's wait.
-pub(crate) struct Timed<S> {
+pub struct Timed<S> {
     stream: S,
     limit: Duration,
     /// Runs only while a write waits.
@@ -21,7 +23,8 @@ pub(crate) struct Timed<S> {
 }
 
 impl<S: AsyncRead + AsyncWrite + Unpin> Timed<S> {
-    pub(crate) fn new(stream: S, limit: Duration) -> Timed<S> {
+    /// A write on `stream` fails once it has made no progress for `limit`.
+    pub fn new(stream: S, limit: Duration) -> Timed<S> {
         Timed { stream, limit, timer: None }
     }
 
