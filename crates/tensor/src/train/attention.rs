@@ -10,15 +10,15 @@
 //!
 //! A row walks its sequence's keys in blocks of 256 by position, with an online softmax between blocks: scores are
 //! chains over the dimensions; a block's denominator is kept in sixteen lanes; outputs are chains over the keys. In
-//! backward, `dQ` is a chain over the keys; `dK` and `dV` are chains over the rows of a block of 48, continued over
+//! backward, `dQ` is a chain over the keys; `dK` and `dV` are chains over the rows of a block of 96, continued over
 //! the blocks in order and over the heads of a group in order. All of it depends on positions in the row's own
 //! sequence alone.
 //!
 //! # Cost
 //!
 //! 4 multiply-adds a dimension, visible key, row and head in forward over 2 products, 10 in backward over 5. All seven
-//! run in the kernel of [`matmul`](super::matmul) on packed blocks that stay in the caches. Blocks along the
-//! diagonal are computed whole, in rows of 48: for 256 keys a fifth of the work is thrown away.
+//! run in the kernel of [`matmul`](super::matmul) on packed blocks that stay in the caches. Along the diagonal
+//! each panel of twelve rows stops at the keys that its last row sees.
 //!
 //! Threads share pairs of a sequence and a key-value head (forward: and 256 rows of it), the last and largest first.
 
@@ -33,7 +33,7 @@ pub use forward::attention;
 /// Keys of a block of the online softmax.
 const KEYS: usize = 256;
 /// Rows of a tile of scores.
-const ROWS: usize = 48;
+const ROWS: usize = 96;
 /// Values from one row of scores to the next: not a power of two, so that rows don't share a set of the cache.
 const STRIDE: usize = KEYS + 16;
 /// Widest head: its dimensions are packed as one block.

@@ -210,9 +210,13 @@ impl Kernel for BlockSums<'_> {
     fn call<L: Lanes>(self, l: L) {
         let (maxima, sums) = self.partial.split_at_mut(self.stride);
         for col in (0..self.stride).step_by(LANES) {
-            let column = || self.logits.chunks_exact(self.stride).map(|row| l.load(&row[col..]));
-            let max = column().fold(l.splat(f32::MIN), |max, x| l.max(max, x));
-            let sum = column().fold(l.splat(0.0), |sum, x| l.add(sum, l.exp(l.sub(x, max))));
+            let (mut max, mut sum) = (l.splat(f32::MIN), l.splat(0.0));
+            for row in self.logits.chunks_exact(self.stride) {
+                max = l.max(max, l.load(&row[col..]));
+            }
+            for row in self.logits.chunks_exact(self.stride) {
+                sum = l.add(sum, l.exp(l.sub(l.load(&row[col..]), max)));
+            }
             l.store(max, &mut maxima[col..]);
             l.store(sum, &mut sums[col..]);
         }
@@ -232,12 +236,14 @@ impl Kernel for Merge<'_> {
     #[inline(always)]
     fn call<L: Lanes>(self, l: L) {
         for col in (0..self.stride).step_by(LANES) {
-            let blocks = || self.partial.chunks_exact(2 * self.stride);
-            let max = blocks().fold(l.splat(f32::MIN), |max, block| l.max(max, l.load(&block[col..])));
-            let sum = blocks().fold(l.splat(0.0), |sum, block| {
+            let (mut max, mut sum) = (l.splat(f32::MIN), l.splat(0.0));
+            for block in self.partial.chunks_exact(2 * self.stride) {
+                max = l.max(max, l.load(&block[col..]));
+            }
+            for block in self.partial.chunks_exact(2 * self.stride) {
                 let scale = l.exp(l.sub(l.load(&block[col..]), max));
-                l.fma(l.load(&block[self.stride + col..]), scale, sum)
-            });
+                sum = l.fma(l.load(&block[self.stride + col..]), scale, sum);
+            }
             let (max, sum) = (l.array(max), l.array(sum));
             for lane in 0..LANES {
                 self.lse[col + lane] = max[lane] + sum[lane].ln();

@@ -31,4 +31,4 @@ pub mod swiglu;
 mod rows;
 
 pub use matmul::Precision;
-pub use rows::{add, add_bias, add_column_sums, copy};
+pub use rows::{add, add_bias, add_column_sums, clear, copy};

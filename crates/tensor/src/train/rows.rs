@@ -8,6 +8,8 @@ use crate::pool::Disjoint;
 
 /// Rows that are summed from the first to the last before blocks are added.
 pub(crate) const BLOCK_ROWS: usize = 64;
+/// Values of a row of [`clear`].
+const CLEARED: usize = 256;
 /// Values below which a fork and join costs more than it gives.
 const FORK_VALUES: usize = 16 * 1024;
 
@@ -90,6 +92,16 @@ pub fn copy(pool: &Pool, x: &[f32], out: &mut [f32]) {
     });
 }
 
+/// `out = 0`, on all threads.
+pub fn clear(pool: &Pool, out: &mut [f32]) {
+    let len = out.len();
+    let parts = Disjoint::new(out);
+    each_block(pool, len.div_ceil(CLEARED), CLEARED, |_, pieces| {
+        // SAFETY: blocks don't overlap.
+        unsafe { parts.part(pieces.start * CLEARED..len.min(pieces.end * CLEARED)) }.fill(0.0);
+    });
+}
+
 /// `out += x`, on all threads.
 ///
 /// # Panics
@@ -158,6 +170,8 @@ mod tests {
                 assert_eq!(out, x);
                 add(&pool, &x, &mut out);
                 assert!(out.iter().zip(&x).all(|(out, x)| *out == 2.0 * x));
+                clear(&pool, &mut out);
+                assert!(out.iter().all(|&x| x == 0.0));
             }
         }
     }

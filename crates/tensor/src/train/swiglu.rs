@@ -62,8 +62,12 @@ impl Kernel for Forward<'_> {
             let pieces = gate.chunks(LANES).zip(up.chunks(LANES));
             for ((gate, up), out) in pieces.zip(out.chunks_mut(LANES)) {
                 let n = out.len();
-                let (gate, up) = (l.load_first(gate, n), l.load_first(up, n));
-                l.store_first(l.mul(l.silu(gate), up), out, n);
+                if n == LANES {
+                    l.store(l.mul(l.silu(l.load(gate)), l.load(up)), out);
+                } else {
+                    let (gate, up) = (l.load_first(gate, n), l.load_first(up, n));
+                    l.store_first(l.mul(l.silu(gate), up), out, n);
+                }
             }
         }
     }
@@ -80,22 +84,35 @@ impl Kernel for Backward<'_> {
 
     #[inline(always)]
     fn call<L: Lanes>(self, l: L) {
-        let one = l.splat(1.0);
         let rows = self.gate_up.chunks_exact_mut(2 * self.width).zip(self.d.chunks_exact(self.width));
         for (gate_up, d) in rows {
             let (gates, ups) = gate_up.split_at_mut(self.width);
             let pieces = gates.chunks_mut(LANES).zip(ups.chunks_mut(LANES));
             for ((gates, ups), d) in pieces.zip(d.chunks(LANES)) {
                 let n = d.len();
-                let (gate, up, d) = (l.load_first(gates, n), l.load_first(ups, n), l.load_first(d, n));
-                let s = l.div(one, l.add(one, l.exp(l.sub(l.splat(0.0), gate))));
-                let silu = l.mul(gate, s);
-                let slope = l.fma(silu, l.sub(one, s), s);
-                l.store_first(l.mul(l.mul(d, up), slope), gates, n);
-                l.store_first(l.mul(d, silu), ups, n);
+                if n == LANES {
+                    let (dgate, dup) = slopes(l, l.load(gates), l.load(ups), l.load(d));
+                    l.store(dgate, gates);
+                    l.store(dup, ups);
+                } else {
+                    let (gate, up, d) = (l.load_first(gates, n), l.load_first(ups, n), l.load_first(d, n));
+                    let (dgate, dup) = slopes(l, gate, up, d);
+                    l.store_first(dgate, gates, n);
+                    l.store_first(dup, ups, n);
+                }
             }
         }
     }
+}
+
+/// Gradients of sixteen gates and ups.
+#[inline(always)]
+fn slopes<L: Lanes>(l: L, gate: L::V, up: L::V, d: L::V) -> (L::V, L::V) {
+    let one = l.splat(1.0);
+    let s = l.div(one, l.add(one, l.exp(l.sub(l.splat(0.0), gate))));
+    let silu = l.mul(gate, s);
+    let slope = l.fma(silu, l.sub(one, s), s);
+    (l.mul(l.mul(d, up), slope), l.mul(d, silu))
 }
 
 #[cfg(test)]

@@ -10,7 +10,9 @@ use super::{Heads, KEYS, ROWS, STRIDE, run_longest_first, sequence};
 use crate::Pool;
 use crate::lanes::{self, Kernel, LANES, Lanes};
 use crate::pool::Disjoint;
-use crate::train::matmul::{Bf16, F32, Multiply, PackedA, PackedB, Precision, Steps, View, multiply};
+use crate::train::matmul::{
+    Bf16, F32, Multiply, PackedA, PackedB, Precision, Reach, Steps, TILE_ROWS, View, multiply,
+};
 
 /// What forward read and wrote.
 #[derive(Clone, Copy)]
@@ -150,15 +152,39 @@ impl<M: Multiply> Kernel for Call<'_, M> {
                     if seen == 0 {
                         continue;
                     }
+                    // What the last row of a panel sees, and the first row of the tile that sees any key of a panel.
+                    let sees = |panel: usize| {
+                        let last = row + tile_rows.min(panel + TILE_ROWS);
+                        last.saturating_sub(key).min(seen)
+                    };
+                    let scores = |a: &PackedA, panel| Reach { cols: sees(panel), ..Reach::all(a, 0) };
+                    let queries_of = |a: &PackedA, panel: usize| {
+                        let first = (key + panel).saturating_sub(row).min(tile_rows) / M::VALUES;
+                        Reach { cols: dim, steps: first..Reach::all(a, 0).steps.end }
+                    };
                     let tile_steps = Steps { from: 0, len: tile_rows };
                     let queries = View::new(&qkv[(first + row) * stride + query_head * dim..], stride);
                     let dout = View::new(&dout[(first + row) * width + query_head * dim..], width);
                     // SAFETY: the tiles have ROWS rows of STRIDE values.
                     unsafe {
                         left.pack::<L, M>(l, queries, (0, tile_rows), dims);
-                        multiply::<L, M>(l, left, (keys_turned, seen), (p.as_mut_ptr(), STRIDE), false);
+                        multiply::<L, M>(
+                            l,
+                            left,
+                            keys_turned,
+                            |i| scores(left, i),
+                            (p.as_mut_ptr(), STRIDE),
+                            false,
+                        );
                         left.pack::<L, M>(l, dout, (0, tile_rows), dims);
-                        multiply::<L, M>(l, left, (values_turned, seen), (d.as_mut_ptr(), STRIDE), false);
+                        multiply::<L, M>(
+                            l,
+                            left,
+                            values_turned,
+                            |i| scores(left, i),
+                            (d.as_mut_ptr(), STRIDE),
+                            false,
+                        );
                     }
                     for index in 0..tile_rows {
                         let sees = (row + index + 1).saturating_sub(key).min(seen);
@@ -173,12 +199,15 @@ impl<M: Multiply> Kernel for Call<'_, M> {
                     unsafe {
                         right.pack::<L, M>(l, dout, tile_steps, (0, dim));
                         left.pack::<L, M>(l, p.turned(), (0, seen), tile_steps);
-                        multiply::<L, M>(l, left, (right, dim), gradient(key, heads.value(kv_head)), true);
+                        let out = gradient(key, heads.value(kv_head));
+                        multiply::<L, M>(l, left, right, |i| queries_of(left, i), out, true);
                         right.pack::<L, M>(l, queries, tile_steps, (0, dim));
                         left.pack::<L, M>(l, d.turned(), (0, seen), tile_steps);
-                        multiply::<L, M>(l, left, (right, dim), gradient(key, heads.key(kv_head)), true);
+                        let out = gradient(key, heads.key(kv_head));
+                        multiply::<L, M>(l, left, right, |i| queries_of(left, i), out, true);
                         left.pack::<L, M>(l, d, (0, tile_rows), Steps { from: 0, len: seen });
-                        multiply::<L, M>(l, left, (keys, dim), gradient(row, query_head * dim), true);
+                        let reach = |panel| Reach { cols: dim, steps: 0..sees(panel).div_ceil(M::VALUES) };
+                        multiply::<L, M>(l, left, keys, reach, gradient(row, query_head * dim), true);
                     }
                 }
             }

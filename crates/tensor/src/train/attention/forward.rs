@@ -7,7 +7,9 @@ use super::{Heads, KEYS, ROWS, STRIDE, run_longest_first, sequence};
 use crate::Pool;
 use crate::lanes::{self, Kernel, LANES, Lanes};
 use crate::pool::Disjoint;
-use crate::train::matmul::{Bf16, F32, Multiply, PackedA, PackedB, Precision, Steps, View, multiply};
+use crate::train::matmul::{
+    Bf16, F32, Multiply, PackedA, PackedB, Precision, Reach, Steps, TILE_ROWS, View, multiply,
+};
 
 /// Rows of a task: they share the packed keys and values.
 const TASK_ROWS: usize = 256;
@@ -119,11 +121,17 @@ impl<M: Multiply> Kernel for Call<'_, M> {
                 for row in (visible..end).step_by(ROWS) {
                     let tile_rows = ROWS.min(end - row);
                     let seen = block.min(row + tile_rows - key);
+                    // What the last row of a panel sees is all that the panel needs.
+                    let sees = |panel: usize| {
+                        let last = row + tile_rows.min(panel + TILE_ROWS);
+                        last.saturating_sub(key).min(seen)
+                    };
                     let queries = View::new(&qkv[(first + row) * stride + query_head * dim..], stride);
                     left.pack::<L, M>(l, queries, (0, tile_rows), dims);
                     // SAFETY: the tile has ROWS rows of STRIDE values.
                     unsafe {
-                        multiply::<L, M>(l, left, (keys, seen), (scores.as_mut_ptr(), STRIDE), false);
+                        let reach = |panel| Reach { cols: sees(panel), ..Reach::all(left, 0) };
+                        multiply::<L, M>(l, left, keys, reach, (scores.as_mut_ptr(), STRIDE), false);
                     }
                     for index in 0..tile_rows {
                         let at = head * count + row - begin + index;
@@ -142,7 +150,8 @@ impl<M: Multiply> Kernel for Call<'_, M> {
                     // SAFETY: this task alone has these rows of this head, and they are inside `out`.
                     unsafe {
                         let out = out.at((first + row) * heads.width() + query_head * dim).cast_mut();
-                        multiply::<L, M>(l, left, (values, dim), (out, heads.width()), true);
+                        let reach = |panel| Reach { cols: dim, steps: 0..sees(panel).div_ceil(M::VALUES) };
+                        multiply::<L, M>(l, left, values, reach, (out, heads.width()), true);
                     }
                 }
             }

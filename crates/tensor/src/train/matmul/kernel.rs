@@ -4,9 +4,11 @@
 //! multiply-adds. With 32 registers all 24 sums stay in them; families with fewer registers take the tile in quarters of
 //! six rows by one vector, in the same order.
 
+use std::ops::Range;
+
 use super::pack::{PackedA, PackedB};
 use super::{TILE_COLS, TILE_ROWS};
-use crate::lanes::{LANES, Lanes};
+use crate::lanes::{LANES, Lanes, prefetch_write};
 
 /// How packed words are multiplied.
 pub(crate) trait Multiply: Copy {
@@ -72,34 +74,61 @@ impl Multiply for Bf16 {
     }
 }
 
-/// Adds the product of the packed blocks to `out` (or to 0), whose rows lie at a stride: its first `cols` columns, over
-/// the steps that `a` has.
+/// What of a product a panel of rows needs.
+#[derive(Clone, Debug)]
+pub(crate) struct Reach {
+    /// Columns of the right side, from the first on.
+    pub(crate) cols: usize,
+    /// Words of the inner dimension.
+    pub(crate) steps: Range<usize>,
+}
+
+impl Reach {
+    /// `cols` columns over all that is packed of the left side.
+    #[inline(always)]
+    pub(crate) fn all(a: &PackedA, cols: usize) -> Reach {
+        Reach { cols, steps: 0..a.steps }
+    }
+}
+
+/// Adds the product of the packed blocks to `out` (or to 0), whose rows lie at a stride. `reach` says for each panel,
+/// by its first row, which columns and steps it needs: what lies outside is left alone, or known to be 0.
 ///
 /// # Safety
-/// `a.rows` rows of `cols` values can be read and written at `out`.
+/// The rows of `a` of as many values as `reach` gives columns can be read and written at `out`.
 #[inline(always)]
 pub(crate) unsafe fn multiply<L: Lanes, M: Multiply>(
     l: L,
     a: &PackedA,
-    (b, cols): (&PackedB, usize),
+    b: &PackedB,
+    reach: impl Fn(usize) -> Reach,
     (out, stride): (*mut f32, usize),
     add: bool,
 ) {
-    assert!(
-        a.steps <= b.steps && cols <= b.cols,
-        "the left side reaches past what is packed of the right one"
-    );
     for row in (0..a.rows).step_by(TILE_ROWS) {
         let rows = TILE_ROWS.min(a.rows - row);
-        let left = a.panel(row / TILE_ROWS);
+        let Reach { cols, steps } = reach(row);
+        assert!(
+            steps.end <= a.steps.min(b.steps) && steps.start <= steps.end && cols <= b.cols,
+            "a panel reaches past what is packed"
+        );
+        let step = if a.by_rows { 1 } else { TILE_ROWS };
+        let left = a.panel(row / TILE_ROWS).wrapping_add(steps.start * step);
         for col in (0..cols).step_by(TILE_COLS) {
             let cols = TILE_COLS.min(cols - col);
-            let right = b.panel(col / TILE_COLS);
-            // SAFETY: panels hold `steps` steps; the tile's rows and columns are inside `out` by the caller's promise.
+            let right = b.panel(col / TILE_COLS).wrapping_add(steps.start * TILE_COLS);
+            let out = out.wrapping_add(row * stride + col);
+            // The next tile's results come from memory while this one is computed.
+            for r in 0..TILE_ROWS {
+                let next = out.wrapping_add(r * stride + TILE_COLS);
+                prefetch_write(next);
+                prefetch_write(next.wrapping_add(LANES));
+            }
+            let call = Call { by_rows: a.by_rows, steps: steps.len(), left, right };
+            // SAFETY: panels hold these steps; the tile's rows and columns are inside `out` by the caller's promise.
             unsafe {
-                let out = out.add(row * stride + col);
                 if rows == TILE_ROWS && cols == TILE_COLS {
-                    whole::<L, M>(l, a, left, right, (out, stride), add);
+                    whole::<L, M>(l, call, (out, stride), add);
                 } else {
                     let mut tile = [0.0f32; TILE_ROWS * TILE_COLS];
                     if add {
@@ -108,7 +137,7 @@ pub(crate) unsafe fn multiply<L: Lanes, M: Multiply>(
                             std::ptr::copy_nonoverlapping(from, tile[r * TILE_COLS..].as_mut_ptr(), cols);
                         }
                     }
-                    whole::<L, M>(l, a, left, right, (tile.as_mut_ptr(), TILE_COLS), add);
+                    whole::<L, M>(l, call, (tile.as_mut_ptr(), TILE_COLS), add);
                     for r in 0..rows {
                         let to = out.add(r * stride);
                         std::ptr::copy_nonoverlapping(tile[r * TILE_COLS..].as_ptr(), to, cols);
@@ -119,46 +148,42 @@ pub(crate) unsafe fn multiply<L: Lanes, M: Multiply>(
     }
 }
 
+/// Where a tile's words are.
+#[derive(Clone, Copy)]
+struct Call {
+    /// Rows of the left panel lie one after the other.
+    by_rows: bool,
+    steps: usize,
+    left: *const u32,
+    right: *const u32,
+}
+
 /// A whole tile, in as many pieces as the family's registers ask for.
 ///
 /// # Safety
-/// Panels of `a.steps` steps; a whole tile at `out`.
+/// Panels of `call.steps` steps; a whole tile at `out`.
 #[inline(always)]
-unsafe fn whole<L: Lanes, M: Multiply>(
-    l: L,
-    a: &PackedA,
-    left: *const u32,
-    right: *const u32,
-    (out, stride): (*mut f32, usize),
-    add: bool,
-) {
+unsafe fn whole<L: Lanes, M: Multiply>(l: L, call: Call, (out, stride): (*mut f32, usize), add: bool) {
     const HALF: usize = TILE_ROWS / 2;
+    const ROW: usize = PackedA::ROW;
+    let Call { by_rows, steps, left, right } = call;
     // SAFETY: the caller's promise; pieces are inside the tile, and rows of a panel lie as its layout says.
     unsafe {
-        match (a.by_rows, L::WIDE) {
-            (true, true) => {
-                tile::<L, M, TILE_ROWS, 2, { PackedA::ROW }, 1>(l, a.steps, left, right, out, stride, add)
-            }
+        match (by_rows, L::WIDE) {
+            (true, true) => tile::<L, M, TILE_ROWS, 2, ROW, 1>(l, steps, left, right, out, stride, add),
             (false, true) => {
-                tile::<L, M, TILE_ROWS, 2, 1, TILE_ROWS>(l, a.steps, left, right, out, stride, add)
+                tile::<L, M, TILE_ROWS, 2, 1, TILE_ROWS>(l, steps, left, right, out, stride, add)
             }
             (by_rows, false) => {
                 for piece in 0..4 {
                     let (row, col) = (piece / 2 * HALF, piece % 2 * LANES);
                     let (right, out) = (right.add(col), out.add(row * stride + col));
                     if by_rows {
-                        let left = left.add(row * PackedA::ROW);
-                        tile::<L, M, HALF, 1, { PackedA::ROW }, 1>(l, a.steps, left, right, out, stride, add);
+                        let left = left.add(row * ROW);
+                        tile::<L, M, HALF, 1, ROW, 1>(l, steps, left, right, out, stride, add);
                     } else {
-                        tile::<L, M, HALF, 1, 1, TILE_ROWS>(
-                            l,
-                            a.steps,
-                            left.add(row),
-                            right,
-                            out,
-                            stride,
-                            add,
-                        );
+                        let left = left.add(row);
+                        tile::<L, M, HALF, 1, 1, TILE_ROWS>(l, steps, left, right, out, stride, add);
                     }
                 }
             }

@@ -18,9 +18,9 @@
 //!
 //! As GotoBLAS and BLIS do it (Goto and van de Geijn 2008): both sides are copied into panels in the order in which
 //! the kernel reads them, twelve rows of `A` and thirty-two columns of `B`, and a tile of 12 × 32 sums stays in
-//! registers. A panel of `A` (12 KiB) stays in the first-level cache, a block of `B` (up to 512 KiB) in the second.
-//! Rounding to bf16 and turning happen in the copy. Copies cost a sixtieth of the products, tiles at the edges are
-//! computed whole and stored in part.
+//! registers. A panel of `A` (18 KiB) stays in the first-level cache, a block of `B` (up to 576 KiB) in the second, and
+//! each tile asks for the memory of the next one's results before it begins. Rounding to bf16 and turning happen in
+//! the copy. Tiles at the edges are computed whole and stored in part.
 
 mod kernel;
 mod pack;
@@ -31,19 +31,19 @@ use crate::Pool;
 use crate::lanes::{self, Lanes};
 use crate::pool::Disjoint;
 
-pub(crate) use kernel::{Bf16, F32, Multiply, multiply};
+pub(crate) use kernel::{Bf16, F32, Multiply, Reach, multiply};
 pub(crate) use pack::{PackedA, PackedB, Steps};
 
 /// Rows of a register tile.
 pub(crate) const TILE_ROWS: usize = 12;
 /// Columns of a register tile.
 pub(crate) const TILE_COLS: usize = 32;
-/// Words of the inner dimension that are packed at a time: a word is one `f32` or a pair of bf16.
-pub(crate) const BLOCK_STEPS: usize = 256;
+/// Words of the inner dimension that are packed at a time, at most: a word is one `f32` or a pair of bf16.
+pub(crate) const BLOCK_STEPS: usize = 384;
+/// Words of a packed block of `B`, at most: 576 KiB, of a second-level cache of 1 MiB.
+const BLOCK_WORDS: usize = 384 * 384;
 /// Rows of `A` packed at a time.
 const BLOCK_ROWS: usize = 8 * TILE_ROWS;
-/// Columns of a task, at most: its packed block of `B` stays in the second-level cache.
-const TASK_COLS: usize = 512;
 /// Rows of a task, at most: they pay for packing the block of `B`.
 const TASK_ROWS: usize = 85 * TILE_ROWS;
 /// Multiply-adds below which a fork and join costs more than it gives.
@@ -136,7 +136,10 @@ pub fn matmul(
     }
     let work = rows.saturating_mul(cols).saturating_mul(inner);
     let threads = if work < FORK_WORK { 1 } else { pool.threads() };
-    let (task_rows, task_cols) = tasks(rows, cols, threads);
+    let values = if precision == Precision::F32 { F32::VALUES } else { Bf16::VALUES };
+    let block = block_len(inner, values);
+    let most_cols = BLOCK_WORDS / block.div_ceil(values).max(1) / TILE_COLS * TILE_COLS;
+    let (task_rows, task_cols) = tasks(rows, (cols, most_cols.min(1024)), threads);
     let (down, across) = (rows.div_ceil(task_rows), cols.div_ceil(task_cols));
     let out = Disjoint::new(out);
     let run = |task: usize| {
@@ -145,6 +148,7 @@ pub fn matmul(
             rows: (row, task_rows.min(rows - row)),
             cols: (col, task_cols.min(cols - col)),
             inner,
+            block,
             a,
             b,
             out: (out.at(0).cast_mut(), out_stride),
@@ -168,10 +172,16 @@ pub fn matmul(
     }
 }
 
+/// Values of the inner dimension that are packed at a time: blocks of equal length, whole words.
+fn block_len(inner: usize, values: usize) -> usize {
+    let blocks = inner.div_ceil(BLOCK_STEPS * values).max(1);
+    inner.div_ceil(blocks).next_multiple_of(8 * values)
+}
+
 /// Rows and columns of a task: large, but enough tasks that no thread waits long for another's last.
-fn tasks(rows: usize, cols: usize, threads: usize) -> (usize, usize) {
+fn tasks(rows: usize, (cols, most_cols): (usize, usize), threads: usize) -> (usize, usize) {
     let even = |len: usize, parts: usize, grain: usize| len.div_ceil(parts).next_multiple_of(grain);
-    let across = cols.div_ceil(TASK_COLS);
+    let across = cols.div_ceil(most_cols);
     let down = rows.div_ceil(TASK_ROWS);
     if threads == 1 {
         return (even(rows, down, TILE_ROWS), even(cols, across, TILE_COLS));
@@ -201,6 +211,8 @@ struct Part<'a> {
     /// First column and number of columns.
     cols: (usize, usize),
     inner: usize,
+    /// Values of it that are packed at a time.
+    block: usize,
     a: View<'a>,
     b: View<'a>,
     /// The whole result and its stride; this task alone touches its rows and columns.
@@ -218,7 +230,7 @@ impl<M: Multiply> lanes::Kernel for Call<'_, M> {
         let Call(part, packs, _) = self;
         let (row, rows) = part.rows;
         let (col, cols) = part.cols;
-        let block = BLOCK_STEPS * M::VALUES;
+        let block = part.block;
         let mut from = 0;
         // An empty inner dimension still replaces what is there.
         loop {
@@ -232,7 +244,14 @@ impl<M: Multiply> lanes::Kernel for Call<'_, M> {
                 unsafe {
                     let out = part.out.0.add((row + first) * part.out.1 + col);
                     let add = part.add || from > 0;
-                    kernel::multiply::<L, M>(l, &packs.a, (&packs.b, cols), (out, part.out.1), add);
+                    kernel::multiply::<L, M>(
+                        l,
+                        &packs.a,
+                        &packs.b,
+                        |_| Reach::all(&packs.a, cols),
+                        (out, part.out.1),
+                        add,
+                    );
                 }
             }
             from += block;

@@ -79,7 +79,6 @@ impl PackedA {
         self.by_rows = !a.turned;
         let panels = count.div_ceil(TILE_ROWS);
         grown(&mut self.words, panels * TILE_ROWS * PackedA::ROW);
-        let end = steps.from + steps.len;
         if self.by_rows {
             for row in 0..panels * TILE_ROWS {
                 let out = &mut self.words[row * PackedA::ROW..][..self.steps];
@@ -92,28 +91,53 @@ impl PackedA {
             }
             return;
         }
-        for panel in 0..panels {
-            let row = first + panel * TILE_ROWS;
-            let rows = TILE_ROWS.min(first + count - row);
-            let out = &mut self.words[panel * TILE_ROWS * PackedA::ROW..][..self.steps * TILE_ROWS];
-            for (index, out) in out.chunks_exact_mut(TILE_ROWS).enumerate() {
-                let step = steps.from + index * M::VALUES;
-                let even = &a.values[step * a.stride + row..][..rows];
-                if M::VALUES == 1 {
-                    for (out, x) in out.iter_mut().zip(even) {
-                        *out = x.to_bits();
+        self.pack_turned::<L, M>(l, a, (first, count), steps);
+    }
+
+    /// Memory rows are steps: each is read once, from panel to panel.
+    #[inline(always)]
+    fn pack_turned<L: Lanes, M: Multiply>(
+        &mut self,
+        l: L,
+        a: View<'_>,
+        (first, count): (usize, usize),
+        steps: Steps,
+    ) {
+        let panels = count.div_ceil(TILE_ROWS);
+        for index in 0..self.steps {
+            let from = (steps.from + index * M::VALUES) * a.stride + first;
+            let even = &a.values[from..];
+            let odd = (M::VALUES == 2 && index * 2 + 1 < steps.len).then(|| &a.values[from + a.stride..]);
+            for panel in 0..panels {
+                let row = panel * TILE_ROWS;
+                let rows = TILE_ROWS.min(count - row);
+                let out = &mut self.words[panel * TILE_ROWS * PackedA::ROW + index * TILE_ROWS..][..LANES];
+                // Sixteen words are written where twelve belong: the next step overwrites the other four, and a panel
+                // has room for more steps than it gets. So long as there are sixteen values to read.
+                let enough = |x: &[f32]| rows == TILE_ROWS && x.len() >= row + LANES;
+                match odd {
+                    None if M::VALUES == 1 && enough(even) => {
+                        for (out, x) in out.iter_mut().zip(&even[row..row + LANES]) {
+                            *out = x.to_bits();
+                        }
                     }
-                } else if step + 1 < end {
-                    let odd = &a.values[(step + 1) * a.stride + row..][..rows];
-                    for (out, (&even, &odd)) in out.iter_mut().zip(even.iter().zip(odd)) {
-                        *out = bf16_pair(even, odd);
+                    Some(odd) if enough(odd) => {
+                        let (even, odd) = (&even[row..row + LANES], &odd[row..row + LANES]);
+                        // SAFETY: sixteen values and words each.
+                        unsafe { l.round_rows_at(even.as_ptr(), odd.as_ptr(), out.as_mut_ptr()) };
                     }
-                } else {
-                    for (out, &even) in out.iter_mut().zip(even) {
-                        *out = bf16_pair(even, 0.0);
+                    _ => {
+                        let at = |x: &[f32], lane: usize| if lane < rows { x[row + lane] } else { 0.0 };
+                        for (lane, out) in out[..TILE_ROWS].iter_mut().enumerate() {
+                            let even = at(even, lane);
+                            *out = if M::VALUES == 1 {
+                                even.to_bits()
+                            } else {
+                                bf16_pair(even, odd.map_or(0.0, |odd| at(odd, lane)))
+                            };
+                        }
                     }
                 }
-                out[rows..].fill(0);
             }
         }
     }
