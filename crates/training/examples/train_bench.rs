@@ -6,9 +6,12 @@
 //!
 //! Shapes: `small` (6 layers, 384 wide, 6 heads, 1,024 in the feed-forward block, 4,096 tokens; 8 × 256 a step) and
 //! `smollm2` (SmolLM2-135M; 4 × 256). Prints one line of JSON: seconds of each step after two that warm up, tokens a
-//! second at the median, and floating-point operations a second by the count of `Decoder::operations`.
+//! second at the median, and floating-point operations a second by the count of `Decoder::operations`. With
+//! `--lines yes` it prints `ready` instead, then takes a step for each line on its standard input and prints its
+//! seconds: so two programs can take turns.
 #![allow(clippy::unwrap_used, clippy::print_stdout)]
 
+use std::io::BufRead;
 use std::time::Instant;
 
 use consort_model::ModelConfig;
@@ -61,13 +64,23 @@ fn main() {
         }
         batch
     };
-    let mut seconds = Vec::new();
-    for step in 0..steps + 2 {
+    let mut step = |number: usize| {
+        let batch = batch(number);
         let begun = Instant::now();
-        trainer.step(&[batch(step)]).unwrap();
-        seconds.push(begun.elapsed().as_secs_f64());
+        trainer.step(&[batch]).unwrap();
+        begun.elapsed().as_secs_f64()
+    };
+    step(0);
+    step(1);
+    if option("--lines", "no") == "yes" {
+        println!("ready");
+        for (number, line) in std::io::stdin().lock().lines().enumerate() {
+            line.unwrap();
+            println!("{}", step(number + 2));
+        }
+        return;
     }
-    let mut seconds = seconds.split_off(2);
+    let mut seconds: Vec<f64> = (2..steps + 2).map(step).collect();
     seconds.sort_by(f64::total_cmp);
     let median = seconds[seconds.len() / 2];
     let operations: usize = (0..256).map(|p| trainer.decoder().operations(p)).sum::<usize>() * sequences;

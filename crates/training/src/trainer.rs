@@ -131,7 +131,7 @@ impl Trainer {
             match self.accumulate(batch, number, &mut |_, _| ()) {
                 Ok(one) => loss += one,
                 Err(error) => {
-                    self.gradients.clear();
+                    self.gradients.clear(&self.pool);
                     return Err(error);
                 }
             }
@@ -169,7 +169,7 @@ impl Trainer {
             self.optimizer.step(&self.pool, layout, weights, &self.gradients, learning_rate, scale);
             StepReport { step, loss, gradient_norm, learning_rate }
         });
-        self.gradients.clear();
+        self.gradients.clear(&self.pool);
         result
     }
 

@@ -17,7 +17,7 @@ use consort_tensor::Pool;
 
 use self::gguf::Gguf;
 use self::hugging_face::Folder;
-pub(crate) use self::hugging_face::TEXT_FILES as TOKENIZER_FILES;
+use self::hugging_face::TEXT_FILES as TOKENIZER_FILES;
 use self::names::Names;
 use self::weights::Weights;
 use crate::arch::{Model, ModelConfig};
@@ -153,6 +153,28 @@ impl Opened {
     /// [`Error::Template`] where it doesn't parse.
     pub fn chat_template(&self) -> Result<Option<ChatTemplate>, Error> {
         ChatTemplate::of(self)
+    }
+
+    /// The files of a Hugging Face folder that say how this model's text becomes tokens: copies, or made from a GGUF's
+    /// metadata.
+    ///
+    /// # Errors
+    /// [`Error::Io`], and [`Error::Unsupported`] where a GGUF's tokenizer can't be written that way.
+    pub(crate) fn tokenizer_files(&self) -> Result<Vec<(&'static str, Vec<u8>)>, Error> {
+        match &self.source {
+            Source::Gguf(gguf) => {
+                let files = crate::tokenizer::export::files(gguf)?;
+                Ok(files.into_iter().map(|(name, text)| (name, text.into_bytes())).collect())
+            }
+            Source::Folder { path, .. } => {
+                let paths = TOKENIZER_FILES.iter().map(|name| (*name, path.join(name)));
+                let read = |(name, path): (&'static str, PathBuf)| match std::fs::read(&path) {
+                    Ok(content) => Ok((name, content)),
+                    Err(source) => Err(Error::Io { path, source }),
+                };
+                paths.filter(|(_, path)| path.is_file()).map(read).collect()
+            }
+        }
     }
 
     /// Reads the weights into a flat buffer of `layout`, as `f32` (block formats are dequantized).

@@ -8,6 +8,7 @@
 
 mod bpe;
 mod byte_level;
+pub(crate) mod export;
 mod gguf;
 mod hugging_face;
 mod merge;

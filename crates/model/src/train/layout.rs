@@ -7,7 +7,9 @@
 
 use std::ops::Range;
 
+use consort_tensor::Pool;
 use consort_tensor::buffer::Buffer;
+use consort_tensor::train::clear;
 
 use crate::Error;
 use crate::arch::ModelConfig;
@@ -271,8 +273,8 @@ impl Gradients {
     }
 
     /// Makes all of them 0.
-    pub fn clear(&mut self) {
-        self.buckets.iter_mut().for_each(|bucket| bucket.fill(0.0));
+    pub fn clear(&mut self, pool: &Pool) {
+        self.buckets.iter_mut().for_each(|bucket| clear(pool, bucket));
     }
 }
 

@@ -12,9 +12,8 @@ use half::bf16;
 use serde_json::{Map, Value, json};
 
 use super::Layout;
-use crate::Error;
 use crate::arch::{ModelConfig, RopeScaling};
-use crate::formats::TOKENIZER_FILES;
+use crate::{Error, Opened};
 
 /// How weights are stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -31,11 +30,12 @@ impl SavedType {
     }
 }
 
-/// Writes the model into `folder`, which is made if it isn't there. Files of the tokenizer are copied from
-/// `tokenizer_from` if it is given and has them.
+/// Writes the model into `folder`, which is made if it isn't there. Files of the tokenizer
+/// are those of the model `tokenizer_from`; from a GGUF file they are made.
 ///
 /// # Errors
-/// [`Error::Write`], and [`Error::Io`] where a tokenizer's file can't be read.
+/// [`Error::Write`], [`Error::Io`] where a tokenizer's file can't be read, [`Error::Unsupported`] where a GGUF's
+/// tokenizer has no counterpart.
 ///
 /// # Panics
 /// If `weights` doesn't have the layout's length.
@@ -45,17 +45,13 @@ pub fn save(
     layout: &Layout,
     weights: &[f32],
     saved_type: SavedType,
-    tokenizer_from: Option<&Path>,
+    tokenizer_from: Option<&Opened>,
 ) -> Result<(), Error> {
     assert_eq!(weights.len(), layout.len(), "weights of this layout");
     fs::create_dir_all(folder).map_err(|source| Error::Write { path: folder.to_path_buf(), source })?;
     if let Some(from) = tokenizer_from {
-        for name in TOKENIZER_FILES {
-            let path = from.join(name);
-            if path.is_file() {
-                let content = fs::read(&path).map_err(|source| Error::Io { path, source })?;
-                write(folder, name, |file| file.write_all(&content))?;
-            }
+        for (name, content) in from.tokenizer_files()? {
+            write(folder, name, |file| file.write_all(&content))?;
         }
     }
     let text = config_json(config, saved_type).to_string();
