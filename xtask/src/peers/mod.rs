@@ -1,4 +1,4 @@
-//! `cargo xtask peers llama.cpp` (and `peers collectives`, see there): both sides on this machine, in turns, and the table that says how they compare.
+//! `cargo xtask peers llama.cpp` (and `peers collectives` and `train`, see there): both sides on this machine, in turns, and the table that says how they compare.
 //!
 //! The peer is built natively with all its instruction sets and runs with as many threads as we do. Every pair is
 //! A then B within seconds, because machines drift; the ratio quoted is the median of the pairs' ratios. Nothing
@@ -9,6 +9,7 @@ mod gateway;
 mod llama;
 mod measure;
 mod table;
+mod train;
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -26,7 +27,8 @@ use table::{Better, Row};
 pub(crate) struct PeersArguments {
     /// The other side.
     peer: Peer,
-    /// A finished build of the peer (the folder with its bin/), instead of building it.
+    /// A finished build of the peer (the folder with its bin/), instead of building it; for `train` a virtual environment
+    /// with torch and transformers.
     #[arg(long, value_name = "FOLDER")]
     build_dir: Option<PathBuf>,
     /// Pairs of measurements for each row.
@@ -64,6 +66,8 @@ enum Peer {
     Gateway,
     /// gloo (through PyTorch) and Open MPI, beside the process groups.
     Collectives,
+    /// PyTorch, training on the CPU, eager and compiled.
+    Train,
 }
 
 /// A group of rows.
@@ -98,6 +102,7 @@ pub(crate) fn compare(root: &Path, arguments: &PeersArguments) -> Result<()> {
             let (build, json) = (!arguments.no_build, arguments.json);
             return collectives::compare(root, &arguments.collectives, arguments.pairs, build, json);
         }
+        Peer::Train => return train::compare(root, arguments),
     }
     let work = target_folder(root).join("peers");
     fs::create_dir_all(&work).with_context(|| format!("cannot make {}", work.display()))?;
