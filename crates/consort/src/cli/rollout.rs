@@ -1,5 +1,6 @@
 //! `consort rollout`: a second version of a model behind its name, judged step by step, taken back by itself.
 
+use std::io::IsTerminal as _;
 use std::path::Path;
 use std::time::Duration;
 
@@ -11,7 +12,7 @@ use consort_control::store::Store;
 use hyper::Method;
 
 use super::UsageError;
-use crate::terminal::{Style, line, note, table};
+use crate::terminal::{Style, line, note, piece, table};
 use crate::up::{Numbers, RolloutView};
 use crate::{admin_client, environment};
 
@@ -250,7 +251,13 @@ impl Status {
                 views.iter().flat_map(|view| show(view, Style::stdout())).collect()
             };
             if shown.as_ref() != Some(&lines) {
-                lines.iter().try_for_each(line)?;
+                if self.watch && !self.json && std::io::stdout().is_terminal() {
+                    // Home, then the rest of each line and of the screen, as `consort status --watch` does.
+                    let rows: Vec<_> = lines.iter().map(|line| format!("{line}\u{1b}[K")).collect();
+                    piece(&format!("\u{1b}[H{}\n\u{1b}[J", rows.join("\n")))?;
+                } else {
+                    lines.iter().try_for_each(line)?;
+                }
                 shown = Some(lines);
             }
             if !self.watch {

@@ -126,6 +126,7 @@ impl Director {
         let mut count = 0u64;
         let mut asks = self.shared.take_asks().context("the deployment has a director already")?;
         self.forget_outdated();
+        self.rollouts.end_stranded(&self.file).into_iter().for_each(|notice| self.shared.say(notice));
         self.rollouts.find_again(&self.file, &self.hub);
         self.refresh();
         self.publish(&routes.borrow_and_update())?;

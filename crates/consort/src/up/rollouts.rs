@@ -234,6 +234,27 @@ impl Rollouts {
         }
     }
 
+    /// Ends rollouts that can't go on with this file; what to say of it.
+    pub(crate) fn end_stranded(&mut self, file: &Deployment) -> Vec<Notice> {
+        let mut notices = Vec::new();
+        for (model, why) in self.book.stranded(file) {
+            let ended = self.event(&model, &Event::Abort(why.clone()));
+            let at_rest = Deadlines { start: Duration::ZERO, route: Duration::ZERO };
+            let none = Seen::default();
+            if let Some(runner) = self.book.pages.get_mut(&model).and_then(|page| page.runner.as_mut()) {
+                runner.step(Instant::now(), now_ms(), at_rest, &Event::Tick(&none, &none));
+            }
+            let written = ended.and_then(|()| self.write(&model));
+            notices.push(Notice { bad: true, text: format!("the rollout of {model} can't go on: {why}") });
+            notices.extend(
+                written
+                    .err()
+                    .map(|error| Notice { bad: true, text: format!("that can't be written down: {error}") }),
+            );
+        }
+        notices
+    }
+
     /// The models of rollouts that were under way when the process began are looked for again.
     pub(crate) fn find_again(&mut self, file: &Deployment, hub: &Arc<Hub>) {
         for (model, page) in &self.book.pages {

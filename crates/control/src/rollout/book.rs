@@ -209,6 +209,24 @@ impl Book {
         })
     }
 
+    /// Models whose rollout under way can't go on with this file, which was edited while nothing ran, and why.
+    pub fn stranded(&self, file: &Deployment) -> Vec<(String, String)> {
+        let under_way = self.pages.iter().filter_map(|(name, page)| Some((name, page.under_way()?)));
+        let stranded = under_way.filter_map(|(name, runner)| {
+            let incumbent = &runner.rollout.incumbent;
+            let why = match file.models.iter().find(|model| model.name == *name) {
+                None => "the file has the model no more".to_owned(),
+                Some(model) if model.canary.is_some() => "the file gives the model a canary".to_owned(),
+                Some(model) if self.stable(model).name != *incumbent => {
+                    format!("the file's version is {:?} and no more {incumbent:?}", self.stable(model).name)
+                }
+                Some(_) => return None,
+            };
+            Some((name.clone(), why))
+        });
+        stranded.collect()
+    }
+
     /// Forgets what was promoted over versions that the file has no more; the models.
     pub fn outdated(&mut self, file: &Deployment) -> Vec<String> {
         let mut gone = Vec::new();
@@ -356,5 +374,13 @@ mod tests {
         );
         assert!(book.refuses(&file, &Deployment::of("cat", "old", 1)).unwrap().contains("takes it out"));
         assert_eq!(book.refuses(&file, &Deployment::of("chat", "old", 4)), None);
+
+        // The same edits, made while nothing ran.
+        assert!(book.stranded(&own)[0].1.contains("canary"));
+        assert!(book.stranded(&Deployment::of("cat", "old", 1))[0].1.contains("no more"));
+        let mut renamed = file.clone();
+        renamed.models[0].stable.name = "other".into();
+        assert!(book.stranded(&renamed)[0].1.contains("\"other\""));
+        assert!(book.stranded(&Deployment::of("chat", "old", 4)).is_empty());
     }
 }
