@@ -23,6 +23,7 @@ pub mod attention;
 pub mod cross_entropy;
 pub mod dropout;
 pub mod embedding;
+pub mod exact;
 pub mod matmul;
 pub mod norm;
 pub mod optimizer;
