@@ -207,3 +207,39 @@ fn a_stream_of_a_candidate_that_is_aborted_goes_on_to_its_end() {
     });
     assert_eq!(fleet["rollouts"][0]["reason"], "aborted by hand");
 }
+
+#[test]
+fn a_rollout_goes_on_after_a_crash_and_ends_where_its_file_has_changed_meanwhile() {
+    let mut up = up_file(FILE);
+    roll_out(&up, &["--max-running", "8", "--steps", "50", "--bake", "1h", "--no-shadow"]);
+    up.until("it bakes", |fleet| stage(fleet) == "baking");
+    let crash = |up: &mut Up| {
+        up.signal("KILL");
+        up.wait();
+        std::mem::replace(&mut up.folder, tempfile::tempdir().unwrap())
+    };
+    let folder = crash(&mut up);
+    drop(up);
+    let file = folder.path().join("consort.toml");
+    let mut up = start(folder, &[file.to_str().unwrap()]);
+    let fleet = up.until("it bakes again", |fleet| {
+        let ready = fleet["slots"].as_array().unwrap().iter().filter(|s| s["state"] == "ready").count();
+        stage(fleet) == "baking" && ready == 2
+    });
+    assert_eq!(fleet["rollouts"][0]["weights"], json!([50, 50]));
+    let edited =
+        fs::read_to_string(&file).unwrap().replace("replicas = 1", "replicas = 1\nversion = \"other\"");
+    fs::write(&file, &edited).unwrap();
+    up.until_log("an edit of its version is refused", "a rollout of \"smol\" is under way and this edit");
+    let folder = crash(&mut up);
+    drop(up);
+    let up = start(folder, &[file.to_str().unwrap()]);
+    let fleet = up.until("it has ended", |fleet| stage(fleet) == "withdrawn");
+    assert!(
+        fleet["rollouts"][0]["reason"].as_str().unwrap().contains("\"other\""),
+        "{:#}",
+        fleet["rollouts"]
+    );
+    assert_eq!(fleet["slots"][0]["slot"], "smol@other-0");
+    assert_eq!(up.post(&chat("Hello.", 3)).status, 200);
+}
