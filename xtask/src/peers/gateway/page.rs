@@ -69,7 +69,8 @@ pub(super) fn page(rounds: usize, cores: &Cores, proxies: &[Proxy], ours: f64, t
         - nginx and HAProxy pass bytes on. Consort reads the request's JSON, picks a model and a replica by what each has \
         to do, reads the answer's JSON for what was used, and counts both. *Before its own replicas* it also asks for a \
         stream with token ids and puts the answer (here nine tokens) together from its chunks: what makes an answer \
-        outlive its replica.\n",
+        outlive its replica.\n{priority}",
+        priority = priority(),
         machine = crate::peers::machine(),
         versions = versions.join(", "),
         load = if cores.shared() {
@@ -83,4 +84,17 @@ pub(super) fn page(rounds: usize, cores: &Cores, proxies: &[Proxy], ours: f64, t
         percent = LOAD * 100.0,
         rate = LOAD * ours,
     )
+}
+
+/// What our own priority does to the figures; all processes have it from us.
+fn priority() -> &'static str {
+    let stat = std::fs::read_to_string("/proc/self/stat").unwrap_or_default();
+    // The policy is the 41st field, the 39th behind the name.
+    let policy = stat.rsplit(") ").next().unwrap_or_default().split(' ').nth(38);
+    if matches!(policy, Some("1" | "2")) {
+        "- Everything ran with real-time priority (`chrt -r 1`), because others used the machine as well. Linux keeps a \
+        twentieth of each second from such processes: the 99th percentiles of proxies at their limit are that.\n"
+    } else {
+        ""
+    }
 }
