@@ -6,7 +6,7 @@
 //! Replicas that still start count as present, so that a burst isn't answered twice. To nothing only after an idle
 //! time, and from nothing at once when a request waits.
 //!
-//! Cost: a few additions a call; the history holds one entry a call within the longer window.
+//! Cost: a few additions a call; the history holds one entry a change within the longer window, 4,096 at most.
 //!
 //! Source: Kubernetes documentation, "Horizontal Pod Autoscaling" (algorithm details, stabilisation window).
 
@@ -46,8 +46,16 @@ pub struct Decision {
 /// What was wanted lately, for the windows.
 #[derive(Clone, Debug, Default)]
 pub struct History {
-    wanted: VecDeque<(Instant, u32)>,
+    wanted: VecDeque<Span>,
     began: Option<Instant>,
+}
+
+/// A time in which about one number was wanted.
+#[derive(Clone, Copy, Debug)]
+struct Span {
+    until: Instant,
+    least: u32,
+    most: u32,
 }
 
 /// How many replicas `version` should have at `now`.
@@ -75,8 +83,8 @@ pub fn decide(version: &Version, history: &mut History, now: Instant, load: &Loa
     history.note(now, wanted, rule.up_window.max(rule.down_window));
 
     // Up: the least that was wanted within the window; down: the most.
-    let up = history.within(now, rule.up_window).min().unwrap_or(wanted);
-    let down = history.within(now, rule.down_window).max().unwrap_or(wanted);
+    let up = history.within(now, rule.up_window).map(|span| span.least).min().unwrap_or(wanted);
+    let down = history.within(now, rule.down_window).map(|span| span.most).max().unwrap_or(wanted);
     let held = |window: Duration, other: u32| {
         format!("{why}; {other} was wanted within the last {} s", window.as_secs())
     };
@@ -112,19 +120,26 @@ fn raw(target: u32, tolerance: f64, load: &Load) -> (u32, String) {
 
 impl History {
     fn note(&mut self, now: Instant, wanted: u32, keep: Duration) {
-        while self.wanted.front().is_some_and(|(at, _)| now.saturating_duration_since(*at) > keep)
-            || self.wanted.len() >= MOST_HISTORY
-        {
+        while self.wanted.front().is_some_and(|span| now.saturating_duration_since(span.until) > keep) {
             self.wanted.pop_front();
         }
-        self.wanted.push_back((now, wanted));
+        if let Some(last) = self.wanted.back_mut().filter(|last| (last.least, last.most) == (wanted, wanted))
+        {
+            last.until = now;
+            return;
+        }
+        if self.wanted.len() >= MOST_HISTORY
+            && let Some(oldest) = self.wanted.pop_front()
+            && let Some(next) = self.wanted.front_mut()
+        {
+            (next.least, next.most) = (next.least.min(oldest.least), next.most.max(oldest.most));
+        }
+        self.wanted.push_back(Span { until: now, least: wanted, most: wanted });
     }
 
-    fn within(&self, now: Instant, window: Duration) -> impl Iterator<Item = u32> {
-        self.wanted
-            .iter()
-            .filter(move |(at, _)| now.saturating_duration_since(*at) <= window)
-            .map(|(_, wanted)| *wanted)
+    /// The spans that reach into the window.
+    fn within(&self, now: Instant, window: Duration) -> impl Iterator<Item = &Span> {
+        self.wanted.iter().filter(move |span| now.saturating_duration_since(span.until) <= window)
     }
 }
 
@@ -246,5 +261,24 @@ mod tests {
             assert_eq!(replicas, v.min, "seed {seed}: nothing to do");
             assert!(history.wanted.len() <= MOST_HISTORY);
         }
+    }
+
+    /// The history once held 4,096 calls, four a second: a window longer than 17 minutes was cut to that.
+    #[test]
+    fn a_window_of_an_hour_is_an_hour_at_four_calls_a_second() {
+        let (mut version, mut history, start) = (version(1, 8), History::default(), Instant::now());
+        version.autoscale.down_window = Duration::from_secs(3600);
+        let load = |replicas, tokens| Load { replicas, tokens, waiting: 0, idle: Some(Duration::ZERO) };
+        let peak = decide(&version, &mut history, start, &load(4, 8000)).replicas;
+        assert_eq!(peak, 8);
+        // Quiet since, but for a flutter that fills the history.
+        let mut last = peak;
+        for tick in (1..4500u64).chain([4 * 3599, 4 * 3600]) {
+            let now = start + Duration::from_millis(250 * tick);
+            last = decide(&version, &mut history, now, &load(last, 1000 + 1000 * (tick % 2))).replicas;
+            assert_eq!(last, 8, "after {} s", tick / 4);
+        }
+        let later = start + Duration::from_secs(3600 * 2 + 3);
+        assert!(decide(&version, &mut history, later, &load(last, 1000)).replicas < 8);
     }
 }
