@@ -43,6 +43,9 @@ pub(crate) struct PeersArguments {
     /// Model files that are served to concurrent streams.
     #[arg(long, value_delimiter = ',', default_value = "q4_0")]
     serve: Vec<String>,
+    /// Shapes that `train` trains: small and smollm2.
+    #[arg(long, value_delimiter = ',', default_value = "small,smollm2")]
+    shapes: Vec<String>,
     /// What to measure.
     #[arg(long, value_delimiter = ',', default_value = "single,load,start")]
     parts: Vec<Part>,

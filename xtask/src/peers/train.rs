@@ -50,8 +50,13 @@ pub(super) fn compare(root: &Path, arguments: &PeersArguments) -> Result<()> {
             .threads
             .unwrap_or_else(|| std::thread::available_parallelism().map_or(1, usize::from)),
     };
+    if let Some(other) = arguments.shapes.iter().find(|name| SHAPES.iter().all(|shape| shape.0 != **name)) {
+        bail!("no shape is called {other}; there are small and smollm2");
+    }
     let mut rows = Vec::new();
-    for (shape, label, tokens) in SHAPES {
+    for (shape, label, tokens) in
+        SHAPES.into_iter().filter(|shape| arguments.shapes.iter().any(|s| s == shape.0))
+    {
         for precision in PRECISIONS {
             note(&format!("{label}, {precision}"));
             rows.extend(sides.measure(shape, (label, tokens), precision, arguments.pairs)?);

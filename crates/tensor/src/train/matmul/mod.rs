@@ -187,8 +187,14 @@ fn tasks(rows: usize, (cols, most_cols): (usize, usize), threads: usize) -> (usi
         return (even(rows, down, TILE_ROWS), even(cols, across, TILE_COLS));
     }
     let wanted = 4 * threads;
-    let down = down.max(wanted.div_ceil(across)).min(rows.div_ceil(BLOCK_ROWS)).max(1);
+    let most_down = rows.div_ceil(BLOCK_ROWS);
+    let mut down = down.max(wanted.div_ceil(across)).min(most_down).max(1);
     let across = across.max(wanted.div_ceil(down)).min(cols.div_ceil(4 * TILE_COLS)).max(across);
+    // As many for each thread: of nine tasks on two threads, one thread would wait for the ninth.
+    if let Some(even) = (down..=most_down.min(2 * down)).find(|down| (down * across).is_multiple_of(threads))
+    {
+        down = even;
+    }
     (even(rows, down, TILE_ROWS), even(cols, across, TILE_COLS))
 }
 

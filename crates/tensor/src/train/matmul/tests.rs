@@ -111,3 +111,17 @@ fn memory_that_is_too_short_is_refused() {
     let mut out = [0.0; 11];
     matmul(&pool, Precision::F32, extent, View::new(&a, 2), View::new(&b, 4), (&mut out, 4), Store::Replace);
 }
+
+#[test]
+fn threads_get_as_many_tasks_each_where_the_shape_allows() {
+    for threads in [2, 3, 8] {
+        for (rows, cols) in [(2048, 1152), (2048, 384), (384, 1024), (1152, 384), (1024, 576), (4096, 384)] {
+            let (task_rows, task_cols) = tasks(rows, (cols, 384), threads);
+            let count = rows.div_ceil(task_rows) * cols.div_ceil(task_cols);
+            assert!(count >= threads, "{rows}×{cols}: {count} tasks of {task_rows}×{task_cols}");
+            // Rounding to whole tiles may take one away.
+            let most = count.div_ceil(threads) as f64 * threads as f64 / count as f64;
+            assert!(most < 1.25, "{rows}×{cols} on {threads}: {count} tasks of {task_rows}×{task_cols}");
+        }
+    }
+}
