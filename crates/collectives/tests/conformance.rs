@@ -236,6 +236,40 @@ fn subgroups(group: &mut Group) {
     assert!(matches!(sub.rejoin(), Err(Error::Invalid { .. })));
 }
 
+/// Vectors that no buffer between two ranks holds, and chunks so long that shared memory copies them past the caches.
+#[test]
+fn vectors_longer_than_every_buffer() {
+    const COUNT: usize = 1_700_003;
+    for kind in KINDS {
+        for n in [2, 3, 5] {
+            world(kind, n, |mut group| {
+                let mut random = Philox::new(group.rank() as u64, 2);
+                let input: Vec<i32> = (0..COUNT).map(|_| random.next_u32() as i32).collect();
+                // Integers add up to the same whatever the order: every algorithm is held against the first.
+                let mut first: Option<Vec<i32>> = None;
+                for algorithm in Algorithm::ALL {
+                    group.set_algorithm(Some(algorithm));
+                    let mut buffer = input.clone();
+                    group.all_reduce(&mut buffer, ReduceOp::Sum).unwrap();
+                    assert!(
+                        first.get_or_insert_with(|| buffer.clone()) == &buffer,
+                        "{kind:?} {algorithm:?} of {n}"
+                    );
+                }
+                let mut root = first.clone().unwrap();
+                group.broadcast(&mut root, n - 1).unwrap();
+                assert!(first.unwrap() == root, "{kind:?}: ranks differ");
+                let mut sum = input[0];
+                let mut all = vec![0; n];
+                all[group.rank()] = sum;
+                group.all_gather(&mut all).unwrap();
+                sum = all.iter().fold(0, |a, b| a.wrapping_add(*b));
+                assert_eq!(sum, root[0]);
+            });
+        }
+    }
+}
+
 #[test]
 fn calls_in_the_background_run_in_order_and_give_buffers_back() {
     for kind in KINDS {

@@ -168,6 +168,25 @@ fn strangers_and_garbage_are_refused_and_the_job_goes_on() {
     });
 }
 
+/// Three hundred connections that say nothing take every place for strangers. Members wait until those are thrown out,
+/// and the process has no thread for each of the crowd.
+#[test]
+fn a_flood_delays_members_and_takes_no_memory() {
+    let store = store(2);
+    let crowd: Vec<TcpStream> = (0..300).map(|_| TcpStream::connect(store.address()).unwrap()).collect();
+    std::thread::scope(|scope| {
+        for _ in 0..2 {
+            scope.spawn(|| {
+                let mut group = Group::join(options(&store, TransportKind::Tls)).unwrap();
+                group.barrier().unwrap();
+            });
+        }
+        let threads = std::fs::read_dir("/proc/self/task").map_or(0, Iterator::count);
+        assert!(threads < 200, "{threads} threads");
+    });
+    drop(crowd);
+}
+
 #[test]
 fn nobody_comes_and_the_wait_ends() {
     let store = store(2);
