@@ -3,6 +3,7 @@
 mod attempt;
 pub(crate) mod call;
 pub(crate) mod chunk;
+mod events;
 mod held;
 mod plain;
 mod progress;
