@@ -4,7 +4,7 @@
 //! - [`Layout`] says where each tensor lies in the flat buffer, under its Hugging Face name, and in which buckets
 //!   gradients are born.
 //! - [`Decoder`] computes loss and gradients of a [`MicroBatch`] of packed sequences.
-//! - [`Layout::initialize`], [`Opened::read_weights`](crate::Opened::read_weights) and [`save`] bring weights in and
+//! - [`Layout::initialize`], [`Opened::read_weights`](crate::Opened::read_weights) and [`save()`] bring weights in and
 //!   out.
 //!
 //! Families: Llama (SmolLM2 is one), Mistral without its window, Qwen 2 and Qwen 3.
