@@ -32,6 +32,8 @@ use crate::error::{Error, Fault};
 const ALIGN: u64 = 64;
 /// Bytes copied before the other side is told: small enough that both work at once.
 const PIECE: usize = 128 << 10;
+/// Turns given to a rank on the same core before this one sleeps.
+const STACKED_YIELDS: u32 = 2000;
 /// A receive into more bytes than this goes past the caches.
 const STREAM: usize = 2 << 20;
 
@@ -246,6 +248,23 @@ impl Transport for SharedMemory {
 
     fn wait(&mut self, sends: &[usize], recvs: &[usize], timeout: Duration) {
         let bell = self.map.doorbell(self.rank);
+        // Two ranks that take turns sleeping can end up on one core, where the scheduler sees nothing to balance and
+        // every spin keeps the other from its work. So there both stay runnable and take turns by yielding, until one
+        // of them is moved.
+        let core = self.map.core(self.rank);
+        let here = mapping::current_core();
+        core.store(here, Ordering::Relaxed);
+        let stacked =
+            sends.iter().chain(recvs).any(|peer| self.map.core(*peer).load(Ordering::Relaxed) == here);
+        if stacked && self.yields == 0 {
+            for _ in 0..STACKED_YIELDS {
+                std::thread::yield_now();
+                if self.is_ready(sends, recvs) || bell.load(Ordering::Acquire) != self.heard {
+                    break;
+                }
+            }
+            core.store(mapping::current_core(), Ordering::Relaxed);
+        }
         for spin in 0..self.spins {
             if self.is_ready(sends, recvs) {
                 return;

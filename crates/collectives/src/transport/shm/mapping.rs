@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! 0                 identity: magic, world size, epoch
-//! 128 + 256·r       rank r: its doorbell, and on the next line pair whether it sleeps
+//! 128 + 256·r       rank r: its doorbell, and on the next line pair whether it sleeps and its core
 //! then, for each ordered pair (from, to):
 //!                   head (bytes ever written), tail (bytes ever taken), 128 bytes apart
 //!                   the ring
@@ -165,6 +165,11 @@ impl Mapping {
         self.half(LINE + rank * 2 * LINE + LINE)
     }
 
+    /// The core that rank `rank` was on when it last waited, and one more; 0 before.
+    pub(crate) fn core(&self, rank: usize) -> &AtomicU32 {
+        self.half(LINE + rank * 2 * LINE + LINE + 4)
+    }
+
     /// Copies `bytes` into the ring from position `at` on. The caller has seen that so many bytes are free.
     pub(crate) fn write(&self, from: usize, to: usize, at: u64, bytes: &[u8]) {
         assert!(bytes.len() <= self.ring_bytes);
@@ -231,6 +236,13 @@ impl Drop for Mapping {
             libc::munmap(self.base.as_ptr().cast(), self.len);
         }
     }
+}
+
+/// The core that this thread is on, and one more; 0 where the system doesn't say.
+pub(super) fn current_core() -> u32 {
+    // SAFETY: the call takes nothing and touches no memory of ours.
+    let core = unsafe { libc::sched_getcpu() };
+    u32::try_from(core).map_or(0, |core| core + 1)
 }
 
 /// Sends a descriptor over a Unix socket, with one byte.
