@@ -22,7 +22,7 @@ fn refused(replica: &Replica, what: &str, body: &[u8]) -> String {
 fn malformed_requests_are_refused_and_harm_nobody() {
     let replica = serve(&[]);
     replica.must_answer();
-    let (before, _) = replica.memory();
+    let before = replica.settled_memory();
 
     let deep = |open: &str, close: &str| format!("{}1{}", open.repeat(100_000), close.repeat(100_000));
     for (open, close) in [("[", "]"), ("{\"a\":", "}")] {
@@ -81,7 +81,7 @@ fn malformed_requests_are_refused_and_harm_nobody() {
     }
 
     replica.must_answer();
-    let (after, _) = replica.memory();
+    let after = replica.settled_memory();
     assert!(after < before + ROOM, "memory went from {before} to {after} bytes");
 }
 
@@ -89,7 +89,7 @@ fn malformed_requests_are_refused_and_harm_nobody() {
 fn ten_gigabytes_are_not_read() {
     let replica = serve(&[]);
     replica.must_answer();
-    let (before, _) = replica.memory();
+    let before = replica.settled_memory();
 
     // Announced: refused before any of it is sent.
     let mut stream = connect(replica.address).unwrap();
@@ -126,7 +126,7 @@ fn ten_gigabytes_are_not_read() {
     assert!(sent < 100 << 20, "{sent} bytes were taken");
 
     replica.must_answer();
-    let (after, _) = replica.memory();
+    let after = replica.settled_memory();
     assert!(after < before + ROOM, "memory went from {before} to {after} bytes");
 }
 
@@ -138,7 +138,7 @@ fn slow_clients_are_cut_off_and_others_feel_nothing() {
     const SLOWLORIS_LIMIT: Duration = Duration::from_secs(35);
     let mut replica = serve(&[]);
     replica.must_answer();
-    let (before, _) = replica.memory();
+    let before = replica.settled_memory();
 
     // 20 alternatives a token make some kilobytes of each event, and eight answers at once fill what sockets buffer.
     let mut body = chat("Count to a million.", 7000);
@@ -189,7 +189,7 @@ fn slow_clients_are_cut_off_and_others_feel_nothing() {
     );
     replica.await_that("the client that doesn't read is cut off", |r| r.metric("consort_running") == 0.0);
     println!("the client that doesn't read was gone after {:.1?}", opened.elapsed());
-    let (after, _) = replica.memory();
+    let after = replica.settled_memory();
     assert!(after < before + ROOM, "memory went from {before} to {after} bytes");
     replica.must_answer();
     drop(deaf);

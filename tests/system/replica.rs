@@ -121,6 +121,21 @@ impl Replica {
         (kib("VmRSS:") * 1024, kib("VmHWM:") * 1024)
     }
 
+    /// Bytes in memory once an idle replica has got its cache's memory ready, which takes a second at most.
+    pub(crate) fn settled_memory(&self) -> u64 {
+        let begun = Instant::now();
+        let mut before = self.memory().0;
+        loop {
+            assert!(begun.elapsed() < PATIENCE, "an idle replica's memory grows and grows: {before} bytes");
+            std::thread::sleep(Duration::from_millis(200));
+            let now = self.memory().0;
+            if now == before {
+                return now;
+            }
+            before = now;
+        }
+    }
+
     /// Processor time used so far, in clock ticks (a hundredth of a second on every Linux we run on).
     pub(crate) fn ticks(&self) -> u64 {
         let stat = fs::read_to_string(format!("/proc/{}/stat", self.child.id())).unwrap();
