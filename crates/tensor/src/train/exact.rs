@@ -5,13 +5,13 @@
 //! multiples of 2^-k, once, and added as 64-bit integers: the same total for any number of workers, any topology, any
 //! time of arrival.
 //!
-//! A [`Grid`] is chosen for a bucket from the largest value seen in it, which lands near 2^[`TARGET`]: what is 2^-46 of
+//! A [`Grid`] is chosen for a bucket from the largest value seen in it, which lands near 2^46: what is 2^-46 of
 //! the largest is still counted, where an `f32` sum forgets below 2^-24. A value may be [`GROWTH`] times larger than
 //! expected; past that it doesn't fit, and the step is done again on the grid that its own largest value asks for. The
 //! largest value is itself a maximum over all workers, so all of them choose alike. [`MAX_TERMS`] terms can't overflow.
 //!
 //! Reproducible summation by pre-rounding: Demmel and Nguyen, "Fast reproducible floating-point summation" (ARITH 2013);
-//! here with one level and integers. Cost: [`add`] reads 12 bytes a value and writes 8.
+//! here with one level and integers. Cost: [`Grid::add`] reads 12 bytes a value and writes 8.
 
 use crate::Pool;
 use crate::lanes::{self, Kernel, Lanes};
