@@ -116,6 +116,13 @@ pub enum Error {
         /// What was still missing.
         what: String,
     },
+    /// Nobody listens where the store was: the process that held it has ended. A group that is formed goes on without it,
+    /// and cannot form another epoch.
+    #[error("the store at {address} is gone: its process has ended")]
+    StoreGone {
+        /// Where it was.
+        address: String,
+    },
     /// The other side does not know this job's token, or speaks another version.
     #[error("refused by {address}: {what}")]
     Refused {

@@ -117,6 +117,28 @@ impl Group {
         join::rejoin(ticket)
     }
 
+    /// What has ended this epoch, if anything has: between calls too, a peer may be lost or have given up. Doesn't wait.
+    pub fn fault(&self) -> Option<Error> {
+        let core = lock(&self.core);
+        if let Some(reason) = &core.broken {
+            return Some(Error::Broken { reason: reason.clone() });
+        }
+        let fault = if core.control.changes() == 0 { None } else { core.control.fault() }?;
+        let rank = self.members[self.rank];
+        Some(fault_error(fault, Where { rank, epoch: self.epoch, call: None, bytes_done: 0 }))
+    }
+
+    /// How many newcomers wait at the store for the next epoch. It tells rank 0 alone; others get 0. Doesn't wait.
+    ///
+    /// # Errors
+    /// [`Error::StoreGone`] where the store has ended, or has fenced this member; [`Error::Invalid`] for a sub-group.
+    pub fn newcomers(&mut self) -> Result<usize, Error> {
+        match &mut self.ticket {
+            Some(ticket) => ticket.membership.newcomers(),
+            None => Err(Error::invalid("a sub-group has no store; its parent has")),
+        }
+    }
+
     /// This rank's number, from 0.
     pub fn rank(&self) -> usize {
         self.rank

@@ -67,6 +67,12 @@ impl Stream {
         Ok(())
     }
 
+    /// Reads what is there, once something is.
+    pub(crate) fn read_some(&self, buf: &mut [u8], deadline: Instant) -> io::Result<usize> {
+        self.set_read_limit(Some(left(deadline)?))?;
+        (&mut &*self).read(buf)
+    }
+
     /// Writes all of `buf` before `deadline`.
     pub(crate) fn write_whole(&self, mut buf: &[u8], deadline: Instant) -> io::Result<()> {
         while !buf.is_empty() {

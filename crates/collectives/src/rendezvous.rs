@@ -118,6 +118,18 @@ impl Rendezvous {
         self.waiting.len()
     }
 
+    /// Those of them who are not of the last epoch: for them the members would have to come too. None where there are
+    /// no members, as the next epoch then waits for nobody.
+    pub fn newcomers(&self) -> usize {
+        let new = |id: &&MemberId| !self.members.contains_key(id);
+        if self.members.is_empty() { 0 } else { self.waiting.keys().filter(new).count() }
+    }
+
+    /// The member with the lowest rank of the last epoch.
+    pub fn lead(&self) -> Option<MemberId> {
+        self.members.iter().min_by_key(|(_, rank)| **rank).map(|(id, _)| *id)
+    }
+
     /// How many members the last epoch still has.
     pub fn present(&self) -> usize {
         self.members.len()
@@ -164,8 +176,11 @@ mod tests {
         assert_eq!(r.step(at(6), Event::Tick), [Command::Fence(2), begin(2, &[1, 3])]);
         // It woke up, found its connection closed, and came back as 4. Alone it changes nothing.
         assert!(r.step(at(7), Event::Join(4)).is_empty() && r.step(at(60), Event::Tick).is_empty());
+        assert_eq!((r.newcomers(), r.lead()), (1, Some(1)));
         r.step(at(61), Event::Join(3));
+        assert_eq!(r.newcomers(), 1, "3 waits too, and is none");
         assert_eq!(r.step(at(61), Event::Join(1)), [begin(3, &[1, 3, 4])]);
+        assert_eq!(r.newcomers(), 0);
     }
 
     #[test]

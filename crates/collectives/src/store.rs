@@ -5,7 +5,7 @@
 //! the token ([`crate::auth`]); strangers are refused and logged. The decisions are [`Rendezvous`]'s.
 
 use std::collections::HashMap;
-use std::io::{self, Write};
+use std::io::{self, Read, Write};
 use std::net::SocketAddr;
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
@@ -28,6 +28,8 @@ use crate::transport::TransportKind;
 const MESSAGE_BYTES: usize = 1 << 20;
 const HANDSHAKE: Duration = Duration::from_secs(5);
 const TICK: Duration = Duration::from_millis(20);
+/// How long a host may say that nobody is at the store's port before that is believed.
+const ABSENT: Duration = Duration::from_secs(1);
 /// How long telling one member of its epoch may take.
 const TELLING: Duration = Duration::from_secs(1);
 /// Connections that have proved nothing yet; more are closed at once.
@@ -71,7 +73,17 @@ pub(crate) struct Introduction {
 #[serde(rename_all = "snake_case")]
 enum Message {
     Join(Introduction),
-    Begin { epoch: u64, rank: usize, members: Vec<Introduction>, certificate: Vec<u8>, authority: Vec<u8> },
+    Begin {
+        epoch: u64,
+        rank: usize,
+        members: Vec<Introduction>,
+        certificate: Vec<u8>,
+        authority: Vec<u8>,
+    },
+    /// So many newcomers wait. Rank 0 is told, whenever it changes.
+    Waiting {
+        newcomers: usize,
+    },
 }
 
 fn write_message(stream: &Stream, message: &Message, deadline: Instant) -> io::Result<()> {
@@ -271,7 +283,7 @@ fn serve(id: MemberId, stream: Stream, news: &SyncSender<News>) {
                     return;
                 }
             }
-            Ok(Message::Begin { .. }) => break,
+            Ok(Message::Begin { .. } | Message::Waiting { .. }) => break,
             Err(error) => {
                 if error.kind() != io::ErrorKind::UnexpectedEof {
                     tracing::debug!(%error, id, "a member's connection to the store broke");
@@ -290,6 +302,7 @@ fn decide(policy: Policy, authority: &Authority, inbox: &mpsc::Receiver<News>, s
     let mut rendezvous = Rendezvous::new(policy);
     let mut streams: HashMap<MemberId, Arc<Stream>> = HashMap::new();
     let mut introductions: HashMap<MemberId, Introduction> = HashMap::new();
+    let mut told = None;
     loop {
         let event = match inbox.recv_timeout(TICK) {
             Ok(News::Arrived(id, stream)) => {
@@ -322,6 +335,21 @@ fn decide(policy: Policy, authority: &Authority, inbox: &mpsc::Receiver<News>, s
                     begin(epoch, &members, authority, &streams, &introductions);
                 }
             }
+        }
+        let newcomers = rendezvous.lead().map(|lead| (lead, rendezvous.newcomers()));
+        if told != newcomers {
+            // A lead that nobody waits for needs no word: that is what it believes.
+            let news =
+                newcomers.filter(|(lead, count)| *count > 0 || told.is_some_and(|(to, _)| to == *lead));
+            if let Some((stream, newcomers)) =
+                news.and_then(|(lead, count)| Some((streams.get(&lead)?, count)))
+            {
+                let message = Message::Waiting { newcomers };
+                if let Err(error) = write_message(stream, &message, Instant::now() + TELLING) {
+                    tracing::debug!(%error, "cannot tell rank 0 who waits");
+                }
+            }
+            told = newcomers;
         }
     }
     for stream in streams.values() {
@@ -369,11 +397,15 @@ pub(crate) struct Begin {
 pub(crate) struct Membership {
     stream: Stream,
     address: String,
+    /// What came and is no whole message yet.
+    inbox: Vec<u8>,
+    newcomers: usize,
 }
 
 impl Membership {
-    /// Connects and proves the token. A store that isn't there yet is tried again until `deadline`.
-    pub(crate) fn connect(address: &str, key: &Key, deadline: Instant) -> Result<Self, Error> {
+    /// Connects and proves the token. A store that isn't there yet is tried again until `deadline`; where it is known
+    /// to have been there (`known`), a host that has nobody at that port is believed after [`ABSENT`].
+    pub(crate) fn connect(address: &str, key: &Key, known: bool, deadline: Instant) -> Result<Self, Error> {
         let started = Instant::now();
         let config = tls::store_client()?;
         let mut pause = Duration::from_millis(5);
@@ -386,7 +418,9 @@ impl Membership {
                 Ok(stream)
             });
             let error = match tried {
-                Ok(stream) => return Ok(Self { stream, address: address.to_owned() }),
+                Ok(stream) => {
+                    return Ok(Self { stream, address: address.to_owned(), inbox: Vec::new(), newcomers: 0 });
+                }
                 // What is certain. A connection that was closed may only say that the store has too many guests.
                 Err(error)
                     if matches!(
@@ -398,6 +432,10 @@ impl Membership {
                 }
                 Err(error) => error,
             };
+            let absent = known && error.kind() == io::ErrorKind::ConnectionRefused;
+            if absent && started.elapsed() >= ABSENT {
+                return Err(Error::StoreGone { address: address.to_owned() });
+            }
             if Instant::now() + pause >= deadline {
                 let limit_ms = started.elapsed().as_millis() as u64;
                 let what = format!("no store with this token at {address}: {error}");
@@ -415,10 +453,18 @@ impl Membership {
     }
 
     /// Asks to be in the next epoch, and waits for it.
-    pub(crate) fn join(&self, introduction: &Introduction, deadline: Instant) -> Result<Begin, Error> {
+    pub(crate) fn join(&mut self, introduction: &Introduction, deadline: Instant) -> Result<Begin, Error> {
         let started = Instant::now();
-        let answer = write_message(&self.stream, &Message::Join(introduction.clone()), deadline)
-            .and_then(|()| read_message(&self.stream, Some(deadline)));
+        let asked = write_message(&self.stream, &Message::Join(introduction.clone()), deadline);
+        let answer = asked.and_then(|()| {
+            loop {
+                match self.next(Some(deadline))? {
+                    Some(Message::Waiting { .. }) | None => {}
+                    Some(message) => return Ok(message),
+                }
+            }
+        });
+        self.newcomers = 0;
         match answer {
             Ok(Message::Begin { epoch, rank, members, certificate, authority }) if rank < members.len() => {
                 Ok(Begin { epoch, rank, members, certificate, authority })
@@ -438,6 +484,54 @@ impl Membership {
             }
         }
     }
+
+    /// How many newcomers wait, as far as the store has said; it tells rank 0 alone. Doesn't wait.
+    pub(crate) fn newcomers(&mut self) -> Result<usize, Error> {
+        loop {
+            match self.next(None) {
+                Ok(Some(Message::Waiting { newcomers })) => self.newcomers = newcomers,
+                Ok(None) => return Ok(self.newcomers),
+                // It is closed, or it says what makes no sense outside a meeting.
+                Ok(Some(_)) | Err(_) => return Err(Error::StoreGone { address: self.address.clone() }),
+            }
+        }
+    }
+
+    /// The next message; without a deadline, `None` where none is here.
+    fn next(&mut self, deadline: Option<Instant>) -> io::Result<Option<Message>> {
+        loop {
+            if let Some((len, rest)) = self.inbox.split_first_chunk::<4>() {
+                let len = u32::from_le_bytes(*len) as usize;
+                if len > MESSAGE_BYTES {
+                    return Err(io::Error::other(format!("a message of {len} bytes")));
+                }
+                if let Some(body) = rest.get(..len) {
+                    let message = serde_json::from_slice(body).map_err(io::Error::other)?;
+                    self.inbox.drain(..4 + len);
+                    return Ok(Some(message));
+                }
+            }
+            let mut bytes = [0; 4096];
+            let read = match deadline {
+                Some(deadline) => self.stream.read_some(&mut bytes, deadline),
+                None => {
+                    self.stream.set_nonblocking(true)?;
+                    let read = (&mut &self.stream).read(&mut bytes);
+                    self.stream.set_nonblocking(false)?;
+                    read
+                }
+            };
+            match read {
+                Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+                Ok(n) => self.inbox.extend_from_slice(&bytes[..n]),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock && deadline.is_none() => {
+                    return Ok(None);
+                }
+                Err(error) => return Err(error),
+            }
+        }
+    }
 }
 
 #[cfg(test)]
@@ -448,7 +542,7 @@ mod tests {
 
     fn member(store: &Store) -> Membership {
         let deadline = Instant::now() + Duration::from_secs(10);
-        Membership::connect(&store.address().to_string(), &Key::new(TOKEN), deadline).unwrap()
+        Membership::connect(&store.address().to_string(), &Key::new(TOKEN), false, deadline).unwrap()
     }
 
     /// A member that knows the token and lies: it is hung up on, and nothing is allocated by its numbers.

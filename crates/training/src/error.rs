@@ -37,10 +37,36 @@ pub enum Error {
     /// A checkpoint can't be written or read.
     #[error("checkpoint: {0}")]
     Checkpoint(String),
+    /// A checkpoint or another worker is of a job that computes something else.
+    #[error("{whose} has {name} = {theirs}, this job has {ours}: {cure}")]
+    AnotherJob {
+        /// The checkpoint, or which worker.
+        whose: String,
+        /// The setting.
+        name: String,
+        /// What it has there.
+        theirs: String,
+        /// What it has here.
+        ours: String,
+        /// What to do.
+        cure: &'static str,
+    },
+    /// Workers that should hold the same state don't, or what one sent didn't arrive as it was.
+    #[error("{0}")]
+    Disagreement(String),
+    /// The group of workers can't be formed, or is lost for good.
+    #[error(transparent)]
+    Group(Box<consort_collectives::Error>),
     /// The data is wrong, or can't be read.
     #[error(transparent)]
     Data(#[from] crate::data::DataError),
     /// Memory was refused.
     #[error(transparent)]
     Tensor(#[from] consort_tensor::Error),
+}
+
+impl From<consort_collectives::Error> for Error {
+    fn from(error: consort_collectives::Error) -> Error {
+        Error::Group(Box::new(error))
+    }
 }

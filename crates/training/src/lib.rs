@@ -8,6 +8,7 @@ pub mod checkpoint;
 pub mod data;
 mod error;
 mod optimizer;
+pub mod parallel;
 mod schedule;
 mod trainer;
 
@@ -15,4 +16,4 @@ pub use consort_model::train::{Decoder, Gradients, Layout, Loss, MicroBatch, Nor
 pub use error::Error;
 pub use optimizer::{Optimizer, OptimizerConfig};
 pub use schedule::{Decay, Schedule};
-pub use trainer::{StepReport, Trainer, TrainerConfig};
+pub use trainer::{StateMut, StepReport, Trainer, TrainerConfig};

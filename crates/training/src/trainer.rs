@@ -5,9 +5,10 @@
 //! sums of all workers.
 
 use consort_model::ModelConfig;
-use consort_model::train::{Arena, Decoder, Gradients, Loss, MicroBatch, Options};
+use consort_model::train::{Arena, Decoder, Gradients, Layout, Loss, MicroBatch, Options};
 use consort_tensor::Pool;
 use consort_tensor::buffer::Buffer;
+use consort_tensor::train::clear;
 
 use crate::optimizer::norm;
 use crate::{Error, Optimizer, OptimizerConfig, Schedule};
@@ -36,6 +37,18 @@ pub struct StepReport {
     pub gradient_norm: f64,
     /// The step's learning rate.
     pub learning_rate: f64,
+}
+
+/// What a trainer is besides its settings: what a checkpoint holds, and what a newcomer gets.
+pub struct StateMut<'a> {
+    /// Where tensors lie.
+    pub layout: &'a Layout,
+    /// The weights.
+    pub weights: &'a mut [f32],
+    /// Steps taken.
+    pub steps: &'a mut u64,
+    /// What the optimizer remembers.
+    pub optimizer: &'a mut [Buffer<f32>],
 }
 
 /// A model in training: weights, gradients, optimizer.
@@ -110,6 +123,12 @@ impl Trainer {
         &mut self.optimizer
     }
 
+    /// All that changes with a step, to fill in one go.
+    pub fn state_mut(&mut self) -> StateMut<'_> {
+        let (steps, optimizer) = self.optimizer.state_mut();
+        StateMut { layout: self.decoder.layout(), weights: &mut self.weights, steps, optimizer }
+    }
+
     /// The gradients that were added up since the last step.
     pub fn gradients_mut(&mut self) -> &mut Gradients {
         &mut self.gradients
@@ -155,6 +174,37 @@ impl Trainer {
     ) -> Result<Loss, Error> {
         let Trainer { pool, decoder, weights, gradients, arena, .. } = self;
         Ok(decoder.forward_backward(pool, weights, batch, number, gradients, arena, completed)?)
+    }
+
+    /// As [`Trainer::accumulate`], for a `completed` that computes: it gets the trainer's threads, which wait meanwhile.
+    ///
+    /// # Errors
+    /// As [`Trainer::accumulate`].
+    pub fn accumulate_with(
+        &mut self,
+        batch: &MicroBatch,
+        number: u64,
+        completed: &mut dyn FnMut(&Pool, usize, &mut Buffer<f32>),
+    ) -> Result<Loss, Error> {
+        let Trainer { pool, decoder, weights, gradients, arena, .. } = self;
+        let completed: &mut dyn FnMut(usize, &mut Buffer<f32>) =
+            &mut |bucket, values| completed(pool, bucket, values);
+        Ok(decoder.forward_backward(pool, weights, batch, number, gradients, arena, completed)?)
+    }
+
+    /// Makes all gradients 0, whoever took their buffers away: what a step that is not taken leaves behind.
+    ///
+    /// # Errors
+    /// [`Error::Tensor`] where memory for new buffers is refused.
+    pub fn discard(&mut self) -> Result<(), Error> {
+        for (values, range) in self.gradients.buckets.iter_mut().zip(self.decoder.layout().buckets()) {
+            if values.len() == range.len() {
+                clear(&self.pool, values);
+            } else {
+                *values = Buffer::zeroed(range.len())?;
+            }
+        }
+        Ok(())
     }
 
     /// Divides the summed gradients by the weight of `loss`, clips, moves the weights and makes the gradients 0.

@@ -52,7 +52,7 @@ impl JoinOptions {
 pub(super) struct Ticket {
     options: JoinOptions,
     key: Key,
-    membership: Membership,
+    pub(super) membership: Membership,
 }
 
 pub(super) fn join(options: JoinOptions) -> Result<Group, Error> {
@@ -62,7 +62,7 @@ pub(super) fn join(options: JoinOptions) -> Result<Group, Error> {
     }
     let deadline = Instant::now() + options.join_deadline;
     let key = Key::new(&options.token);
-    let membership = Membership::connect(&options.store, &key, deadline)?;
+    let membership = Membership::connect(&options.store, &key, false, deadline)?;
     form(Ticket { options, key, membership }, deadline)
 }
 
@@ -81,7 +81,7 @@ fn form(mut ticket: Ticket, deadline: Instant) -> Result<Group, Error> {
             Err(Error::Refused { .. }) if !reconnected => {
                 // Fenced while it slept: it comes back as new.
                 reconnected = true;
-                ticket.membership = Membership::connect(&ticket.options.store, &ticket.key, deadline)?;
+                ticket.membership = Membership::connect(&ticket.options.store, &ticket.key, true, deadline)?;
                 continue;
             }
             Err(error) => return Err(error),

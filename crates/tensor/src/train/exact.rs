@@ -25,6 +25,9 @@ const LIMIT: f64 = (1u64 << 51) as f64;
 const MAGIC: f64 = (3u64 << 51) as f64;
 /// How much larger than expected a value may be.
 pub const GROWTH: f64 = (1u32 << (51 - TARGET - 1)) as f64;
+/// Where the largest value is below this on the grid, the grid was made for values far larger: less than 30 bits of it
+/// are kept, and the step is done again on a finer one.
+const COARSE: f64 = (1u64 << 30) as f64;
 /// Terms of a sum that can't overflow.
 pub const MAX_TERMS: usize = 1 << 12;
 /// Values that one fork hands out at a time.
@@ -61,8 +64,22 @@ impl Grid {
         f64::from(largest) * self.scale() < LIMIT
     }
 
+    /// Whether values up to `largest` fit and the grid is no coarser for them than [`COARSE`] allows; nothing is too small
+    /// for a grid if there is nothing.
+    pub fn suits(self, largest: f32) -> bool {
+        self.fits(largest) && (largest == 0.0 || f64::from(largest) * self.scale() >= COARSE)
+    }
+
     fn scale(self) -> f64 {
         power_of_two(self.k)
+    }
+
+    /// As [`Grid::add`] to sums of 0, whatever they are now: the first term costs no pass of its own.
+    ///
+    /// # Panics
+    /// If lengths differ.
+    pub fn set(self, pool: &Pool, values: &[f32], sums: &mut [i64]) -> f32 {
+        self.accumulate::<true>(pool, values, sums)
     }
 
     /// Adds `values` to `sums` and returns the largest magnitude among them; infinite or NaN where one is. Where the
@@ -71,6 +88,10 @@ impl Grid {
     /// # Panics
     /// If lengths differ.
     pub fn add(self, pool: &Pool, values: &[f32], sums: &mut [i64]) -> f32 {
+        self.accumulate::<false>(pool, values, sums)
+    }
+
+    fn accumulate<const FIRST: bool>(self, pool: &Pool, values: &[f32], sums: &mut [i64]) -> f32 {
         assert_eq!(values.len(), sums.len(), "a sum a value");
         let scale = self.scale();
         let len = values.len();
@@ -79,7 +100,7 @@ impl Grid {
         let work = |range: std::ops::Range<usize>| {
             // SAFETY: ranges of different workers don't overlap.
             let sums = unsafe { sums.part(range.clone()) };
-            let own = lanes::dispatch(pool.cpu(), Add { scale, values: &values[range], sums });
+            let own = lanes::dispatch(pool.cpu(), Add::<FIRST> { scale, values: &values[range], sums });
             largest.fetch_max(own, std::sync::atomic::Ordering::Relaxed);
         };
         if len <= GRAIN {
@@ -117,13 +138,13 @@ fn power_of_two(k: i32) -> f64 {
     f64::from_bits(((k + 1023) as u64) << 52)
 }
 
-struct Add<'a> {
+struct Add<'a, const FIRST: bool> {
     scale: f64,
     values: &'a [f32],
     sums: &'a mut [i64],
 }
 
-impl Kernel for Add<'_> {
+impl<const FIRST: bool> Kernel for Add<'_, FIRST> {
     type Output = u32;
 
     /// Plain arithmetic, which the compiler turns into each family's vectors; the bits are the same by definition.
@@ -135,7 +156,8 @@ impl Kernel for Add<'_> {
             largest = largest.max(value.to_bits() & (u32::MAX >> 1));
             // The product is exact; adding the constant rounds it to an integer, ties to even, in the last bits.
             let rounded = f64::from(*value) * self.scale + MAGIC;
-            *sum = sum.wrapping_add(rounded.to_bits().wrapping_sub(MAGIC.to_bits()) as i64);
+            let term = rounded.to_bits().wrapping_sub(MAGIC.to_bits()) as i64;
+            *sum = if FIRST { term } else { sum.wrapping_add(term) };
         }
         largest
     }
@@ -189,8 +211,15 @@ mod tests {
                 for worker in (0..workers).rev() {
                     let mut own = vec![0i64; 10_007];
                     let mut most = 0f32;
-                    for term in terms.iter().skip(worker).step_by(workers).rev() {
-                        most = most.max(grid.add(&pool, term, &mut own));
+                    for (i, term) in terms.iter().skip(worker).step_by(workers).rev().enumerate() {
+                        // Half of the runs begin with a term instead of zeros.
+                        let first = i == 0 && workers % 2 == 0;
+                        most = most.max(if first {
+                            own.fill(77);
+                            grid.set(&pool, term, &mut own)
+                        } else {
+                            grid.add(&pool, term, &mut own)
+                        });
                     }
                     assert!(grid.fits(most));
                     total.iter_mut().zip(&own).for_each(|(a, b)| *a += b);
@@ -223,6 +252,8 @@ mod tests {
             assert_eq!(Grid::from_exponent(grid.exponent()), grid);
         }
         let grid = Grid::for_largest(1.0);
+        assert!(grid.suits(0.0) && grid.suits(1e-4) && grid.suits(10.0));
+        assert!(!grid.suits(1e-5) && !grid.suits(100.0) && !grid.suits(f32::NAN));
         assert!(!grid.fits(f32::NAN) && !grid.fits(f32::INFINITY));
         for odd in [0.0, -1.0, f32::NAN, f32::INFINITY] {
             assert_eq!(Grid::for_largest(odd), Grid::for_largest(1.0));

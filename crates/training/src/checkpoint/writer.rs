@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use consort_model::train::{Layout, Parameter};
 use consort_tensor::buffer::Buffer;
+use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use super::part::{Part, Tensor};
@@ -21,7 +22,8 @@ use crate::Error;
 const LOOK: Duration = Duration::from_millis(50);
 
 /// What became of a checkpoint.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "outcome", rename_all = "snake_case")]
 pub enum Event {
     /// It is complete: all workers' shares are there.
     Complete {

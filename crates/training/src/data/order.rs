@@ -20,7 +20,7 @@ pub struct Order {
 
 impl Order {
     /// Of `samples` samples, which must not be 0.
-    pub(super) fn new(samples: u64, seed: u64) -> Order {
+    pub(crate) fn new(samples: u64, seed: u64) -> Order {
         let bits = u64::BITS - samples.saturating_sub(1).leading_zeros();
         Order { samples, seed, half: bits.div_ceil(2).max(1) }
     }

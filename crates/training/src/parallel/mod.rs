@@ -1,0 +1,51 @@
+//! Training one model on many workers, with the same bits as on one.
+//!
+//! A [`Plan`] fixes each step's micro-batches; workers divide them among themselves. Their gradients are added on a grid
+//! of integers ([`consort_tensor::train::exact`]), so that the sum doesn't depend on who computed what, on the algorithm
+//! that added it, or on who died meanwhile. A [`Worker`] is one process's part:
+//!
+//! ```no_run
+//! use consort_collectives::JoinOptions;
+//! use consort_training::parallel::{Control, Event, Membership, Plan, Worker};
+//! # fn main() -> Result<(), consort_training::Error> {
+//! # let (trainer, dataset): (consort_training::Trainer, consort_training::data::Dataset) = todo!();
+//! let plan = Plan::new(1, 1000, 8, 4);
+//! let store = JoinOptions::new("127.0.0.1:29500", b"a secret of this job");
+//! let worker = Worker::new(trainer, &dataset, plan, Membership::Group(store), None)?;
+//! let finished = worker.run(&mut |event| {
+//!     if let Event::Step(step) = event {
+//!         eprintln!("step {}: loss {:.3}", step.step, step.loss);
+//!     }
+//!     Control::Go
+//! })?;
+//! eprintln!("weights {}", finished.weights_hash);
+//! # Ok(()) }
+//! ```
+//!
+//! Parts, each without knowledge of the next one up:
+//!
+//! - `tail`: what every worker must know at a step's end, in one short reduction;
+//! - `reduce`: one bucket's gradients, from one worker's to everybody's;
+//! - `link`: the thread that owns the group and keeps it standing while the worker computes;
+//! - `state`: who has the newest state after members changed, and how the others get it;
+//! - `step`: one step; `saving`: checkpoints of members that change;
+//! - `worker`: the loop over all that. [`Board`] says what a worker is doing right now.
+//!
+//! The coordinator (who is in which epoch) is [`consort_collectives::rendezvous`], a pure state machine that the store
+//! drives; one that outlives the launcher would drive the same machine.
+
+mod board;
+mod event;
+mod link;
+mod plan;
+mod reduce;
+mod saving;
+mod state;
+mod step;
+mod tail;
+mod worker;
+
+pub use board::{Activity, Board, Status, Talking};
+pub use event::{Control, Event, Span, StepEvent, seen};
+pub use plan::{Outer, Plan, Wire};
+pub use worker::{Finished, Membership, Reason, Resumed, Samples, Worker};
