@@ -72,7 +72,7 @@ fn figure(value: f64) -> String {
 
 /// An aligned Markdown table: readable in a terminal as it is.
 pub(crate) fn markdown(rows: &[Row], peer: &str) -> String {
-    let head = ["model file", "measured", "unit", "Consort", peer, "times better (lowest–highest pair)"];
+    let head = ["model", "measured", "unit", "Consort", peer, "times better (lowest–highest pair)"];
     let mut table = vec![head.map(str::to_owned)];
     for row in rows {
         let (low, middle, high) = row.ratio();
