@@ -9,7 +9,10 @@
 use super::kernel::Multiply;
 use super::{BLOCK_STEPS, TILE_COLS, TILE_ROWS, View};
 use crate::buffer::Buffer;
-use crate::lanes::{LANES, Lanes, bf16_pair};
+use crate::lanes::{LANES, Lanes, bf16_pair, prefetch_read};
+
+/// Steps of a turned `A` that are on their way from memory while one is packed.
+const AHEAD: usize = 8;
 
 /// A piece of the inner dimension, in values.
 #[derive(Clone, Copy)]
@@ -108,6 +111,13 @@ impl PackedA {
             let from = (steps.from + index * M::VALUES) * a.stride + first;
             let even = &a.values[from..];
             let odd = (M::VALUES == 2 && index * 2 + 1 < steps.len).then(|| &a.values[from + a.stride..]);
+            // The processor doesn't foresee short pieces that lie far apart.
+            for ahead in 0..M::VALUES {
+                let next = a.values.as_ptr().wrapping_add(from + (AHEAD * M::VALUES + ahead) * a.stride);
+                for line in (0..count + LANES).step_by(LANES) {
+                    prefetch_read(next.wrapping_add(line));
+                }
+            }
             for panel in 0..panels {
                 let row = panel * TILE_ROWS;
                 let rows = TILE_ROWS.min(count - row);
