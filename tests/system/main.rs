@@ -17,6 +17,7 @@ mod relay;
 mod replica;
 mod resume;
 mod rollout;
+mod scripted;
 mod signals;
 mod steady;
 mod up;

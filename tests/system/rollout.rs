@@ -10,6 +10,7 @@ use serde_json::{Value, json};
 
 use crate::client;
 use crate::replica::{chat, model};
+use crate::scripted::{self, Candidate};
 use crate::up::{Up, start, up_file};
 
 const CHAT: &str = "/v1/chat/completions";
@@ -174,6 +175,53 @@ fn a_candidate_that_dies_is_taken_back_and_costs_no_client_a_request() {
     assert!(reason.contains("were lost 3 times") && reason.contains("signal: 9"), "{reason}");
     let slots: Vec<_> = fleet["slots"].as_array().unwrap().iter().map(|s| s["slot"].clone()).collect();
     assert!(slots.contains(&json!("smol-0")), "{slots:?}");
+}
+
+/// A candidate that fails in this way is taken back because of it, and no client sees anything of it.
+fn is_taken_back(candidate: Candidate) {
+    let file = format!("{FILE}[timeouts]\ntry = \"1s\"\ntoken = \"2s\"\n");
+    let (up, source) = scripted::up(&file, candidate);
+    let source = ["--source", source.to_str().unwrap(), "--no-shadow", "--slowdown", "1000", "--lost", "99"];
+    let version = roll_out(&up, &[&source[..], &QUICK[..6]].concat());
+    let fleet = under_load(&up, 3, |_| {});
+    assert_eq!(stage(&fleet), "withdrawn", "{candidate:?}: {:#}", fleet["rollouts"]);
+    let reason = fleet["rollouts"][0]["reason"].as_str().unwrap();
+    assert!(reason.contains("requests failed"), "{candidate:?}: {reason}");
+    let metrics = client::send(up.address, "GET", "/metrics", b"").unwrap().text();
+    let series = format!(
+        "consort_gateway_version_requests_total{{model=\"smol\",version=\"{version}\",outcome=\"diverted\"}} "
+    );
+    let diverted = metrics.lines().find_map(|line| line.strip_prefix(series.as_str()));
+    let diverted: u64 = diverted.unwrap_or_else(|| panic!("no {series} in\n{metrics}")).parse().unwrap();
+    assert!(diverted >= 3, "{candidate:?}: {diverted}");
+    // What is wrong with a request is the request's fault, and told as the incumbent tells it.
+    let wrong = up.post(&json!({"messages": [{"role": "nobody", "content": "x"}]}));
+    assert!(wrong.status == 400 && wrong.error() != "by script", "{}", wrong.text());
+}
+
+#[test]
+fn a_candidate_that_answers_500_is_taken_back() {
+    is_taken_back(Candidate::Fails);
+}
+
+#[test]
+fn a_candidate_that_hangs_is_taken_back() {
+    is_taken_back(Candidate::Hangs);
+}
+
+#[test]
+fn a_candidate_that_gives_signs_of_life_and_no_answer_is_taken_back() {
+    is_taken_back(Candidate::Dawdles);
+}
+
+#[test]
+fn a_candidate_that_breaks_off_is_taken_back_and_whole_answers_begin_anew() {
+    is_taken_back(Candidate::Breaks);
+}
+
+#[test]
+fn a_candidate_that_refuses_what_the_incumbent_takes_is_taken_back() {
+    is_taken_back(Candidate::Refuses);
 }
 
 #[test]

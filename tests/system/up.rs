@@ -46,8 +46,18 @@ pub(crate) fn start(folder: tempfile::TempDir, arguments: &[&str]) -> Up {
 
 /// With further variables in its environment.
 pub(crate) fn start_with(folder: tempfile::TempDir, arguments: &[&str], environment: &[(&str, &str)]) -> Up {
+    start_program(Path::new(env!("CARGO_BIN_EXE_consort")), folder, arguments, environment)
+}
+
+/// By another name of the program.
+pub(crate) fn start_program(
+    program: &Path,
+    folder: tempfile::TempDir,
+    arguments: &[&str],
+    environment: &[(&str, &str)],
+) -> Up {
     let machine = machine();
-    let mut child = command(folder.path())
+    let mut child = program_on(program, folder.path())
         .envs(environment.iter().copied())
         .arg("up")
         .args(arguments)
@@ -66,7 +76,11 @@ pub(crate) fn start_with(folder: tempfile::TempDir, arguments: &[&str], environm
 }
 
 pub(crate) fn command(folder: &Path) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_consort"));
+    program_on(Path::new(env!("CARGO_BIN_EXE_consort")), folder)
+}
+
+fn program_on(program: &Path, folder: &Path) -> Command {
+    let mut command = Command::new(program);
     command.env("CONSORT_STATE", folder.join("state")).env_remove("CONSORT_API_KEY").stdin(Stdio::null());
     command
 }

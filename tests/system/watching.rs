@@ -5,9 +5,12 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpListener;
-use std::sync::mpsc::{Receiver, channel};
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread;
 
+use rustls::pki_types::PrivatePkcs8KeyDer;
+use rustls::{ServerConfig, ServerConnection, StreamOwned};
 use serde_json::Value;
 
 use crate::client::{self, PATIENCE};
@@ -25,37 +28,56 @@ struct Span {
     id: String,
     parent: String,
     attributes: Vec<(String, String)>,
+    /// Of the request that brought it.
+    headers: Vec<(String, String)>,
 }
 
-/// A collector that takes what is sent to `/v1/traces`.
-fn collector() -> (String, Receiver<Span>) {
+/// A collector that takes what is sent to `/v1/traces`; in TLS where it has a certificate.
+fn collector(tls: Option<Arc<ServerConfig>>) -> (String, Receiver<Span>) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    let endpoint = format!("http://{}", listener.local_addr().unwrap());
+    let scheme = if tls.is_some() { "https" } else { "http" };
+    let endpoint = format!("{scheme}://localhost:{}", listener.local_addr().unwrap().port());
     let (sender, receiver) = channel();
     thread::spawn(move || {
         for stream in listener.incoming() {
-            let (mut stream, sender) = (BufReader::new(stream.unwrap()), sender.clone());
-            thread::spawn(move || {
-                loop {
-                    let mut head = String::new();
-                    while !head.ends_with("\r\n\r\n") {
-                        if stream.read_line(&mut head).unwrap_or(0) == 0 {
-                            return;
-                        }
-                    }
-                    assert!(head.starts_with("POST /v1/traces "), "{head}");
-                    let lower = head.to_lowercase();
-                    assert!(lower.contains("content-type: application/x-protobuf"), "{head}");
-                    let length = lower.split("content-length: ").nth(1).unwrap().lines().next().unwrap();
-                    let mut body = vec![0; length.trim().parse().unwrap()];
-                    stream.read_exact(&mut body).unwrap();
-                    spans(&body).into_iter().for_each(|span| sender.send(span).unwrap_or(()));
-                    stream.get_mut().write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n").unwrap();
-                }
+            let (stream, sender, tls) = (stream.unwrap(), sender.clone(), tls.clone());
+            thread::spawn(move || match tls {
+                None => collect(stream, &sender),
+                Some(tls) => collect(StreamOwned::new(ServerConnection::new(tls).unwrap(), stream), &sender),
             });
         }
     });
     (endpoint, receiver)
+}
+
+fn collect(stream: impl Read + Write, sender: &Sender<Span>) {
+    let mut stream = BufReader::new(stream);
+    loop {
+        let mut head = String::new();
+        while !head.ends_with("\r\n\r\n") {
+            // One that doesn't trust the certificate ends here.
+            if stream.read_line(&mut head).unwrap_or(0) == 0 {
+                return;
+            }
+        }
+        assert!(head.starts_with("POST /v1/traces "), "{head}");
+        let lower = head.to_lowercase();
+        assert!(lower.contains("content-type: application/x-protobuf"), "{head}");
+        let length = lower.split("content-length: ").nth(1).unwrap().lines().next().unwrap();
+        let mut body = vec![0; length.trim().parse().unwrap()];
+        stream.read_exact(&mut body).unwrap();
+        let headers: Vec<(String, String)> = lower
+            .lines()
+            .filter_map(|line| line.split_once(": "))
+            .map(|(name, value)| (name.to_owned(), value.to_owned()))
+            .collect();
+        for mut span in spans(&body) {
+            span.headers.clone_from(&headers);
+            sender.send(span).unwrap_or(());
+        }
+        stream.get_mut().write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n").unwrap();
+        stream.get_mut().flush().unwrap();
+    }
 }
 
 /// The fields of a protobuf message: number, and bytes (those of a number as text).
@@ -122,6 +144,7 @@ fn spans(body: &[u8]) -> Vec<Span> {
                 id: hex(one(&span, 2)),
                 parent: hex(one(&span, 4)),
                 attributes: attributes(&span, 9),
+                headers: Vec::new(),
             }
         })
         .collect()
@@ -142,7 +165,7 @@ fn ask(up: &Up, headers: &str) -> u16 {
 
 #[test]
 fn one_trace_and_one_id_connect_the_gateway_and_the_replica() {
-    let (endpoint, spans) = collector();
+    let (endpoint, spans) = collector(None);
     let model = model();
     let up = start_with(
         tempfile::tempdir().unwrap(),
@@ -183,6 +206,44 @@ fn one_trace_and_one_id_connect_the_gateway_and_the_replica() {
 }
 
 #[test]
+fn a_collector_is_spoken_to_in_tls_where_its_certificate_is_known() {
+    let made = rcgen::generate_simple_self_signed(vec!["localhost".to_owned()]).unwrap();
+    let key = PrivatePkcs8KeyDer::from(made.signing_key.serialize_der());
+    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+    let tls = ServerConfig::builder_with_provider(provider).with_safe_default_protocol_versions().unwrap();
+    let chain = vec![made.cert.der().clone()];
+    let tls = tls.with_no_client_auth().with_single_cert(chain, key.into()).unwrap();
+    let (endpoint, spans) = collector(Some(Arc::new(tls)));
+    let (folder, model) = (tempfile::tempdir().unwrap(), model());
+    let file = folder.path().join("collector.pem");
+    fs::write(&file, made.cert.pem()).unwrap();
+    let known = [
+        ("CONSORT_OTLP_ENDPOINT", endpoint.as_str()),
+        ("CONSORT_OTLP_CERTIFICATE", file.to_str().unwrap()),
+        ("CONSORT_OTLP_HEADERS", "x-collector-key=a%20secret"),
+    ];
+    let arguments = ["--model", model.to_str().unwrap(), "--replicas", "1"];
+    let up = start_with(folder, &arguments, &known);
+    assert_eq!(ask(&up, ""), 200);
+    let mut services = BTreeSet::new();
+    while services.len() < 2 {
+        let span = spans.recv_timeout(PATIENCE).unwrap();
+        let secret = ("x-collector-key".to_owned(), "a secret".to_owned());
+        assert!(span.headers.contains(&secret), "{span:?}");
+        services.insert(span.service);
+    }
+    assert_eq!(services.into_iter().collect::<Vec<_>>(), ["consort-gateway", "consort-replica"]);
+    assert!(!up.log().contains("secret"), "{}", up.log());
+    drop(up);
+    // A certificate that nobody vouches for is not believed: nothing arrives, and the log says why.
+    let up = start_with(tempfile::tempdir().unwrap(), &arguments, &known[..1]);
+    assert_eq!(ask(&up, ""), 200);
+    up.until_log("the certificate is refused", "the trace collector doesn't take spans");
+    assert!(up.log().contains("certificate"), "{}", up.log());
+    assert!(spans.try_recv().is_err());
+}
+
+#[test]
 fn a_collector_that_is_dead_costs_nothing_and_a_wrong_one_is_refused() {
     // Bound and never accepted from: it takes connections and says nothing.
     let silent = TcpListener::bind("127.0.0.1:0").unwrap();
@@ -200,7 +261,7 @@ fn a_collector_that_is_dead_costs_nothing_and_a_wrong_one_is_refused() {
     drop(up);
     let wrong = std::process::Command::new(env!("CARGO_BIN_EXE_consort"))
         .args(["up", "--port", "0"])
-        .env("CONSORT_OTLP_ENDPOINT", "https://collector:4318")
+        .env("CONSORT_OTLP_ENDPOINT", "grpc://collector:4318")
         .env("CONSORT_STATE", tempfile::tempdir().unwrap().path())
         .output()
         .unwrap();

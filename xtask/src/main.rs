@@ -1,10 +1,12 @@
 //! The repository's chores: `cargo xtask test` checks everything, `cargo xtask peers llama.cpp` measures both
-//! sides of the README's table, `cargo xtask peers gateway` and `cargo xtask streams` measure the front door, `cargo xtask overload` floods a replica for a minute.
+//! sides of the README's table, `cargo xtask peers gateway`, `balance` and `streams` measure the front door, `cargo xtask
+//! overload` floods a replica for a minute.
 //!
 //! Written in Rust so that a machine with a Rust toolchain needs nothing else to start.
 
 #![allow(clippy::print_stdout, reason = "printing is what this program is for")]
 
+mod balance;
 mod command;
 mod graph;
 mod machine;
@@ -43,6 +45,8 @@ enum Chore {
         #[arg(long, default_value_t = 60)]
         seconds: u64,
     },
+    /// Compares the ways of choosing a replica, before real replicas: first token, whole answer, prefix cache.
+    Balance(balance::BalanceArguments),
     /// Opens many streams at once through the gateway: memory, and time between tokens.
     Streams(streams::StreamsArguments),
     /// Sends chat requests at a rate; a part of `peers gateway`.
@@ -57,6 +61,7 @@ fn main() -> ExitCode {
     let done = match arguments.chore {
         Chore::Test { only } => stages::test(&root(), only),
         Chore::Peers(arguments) => peers::compare(&root(), &arguments),
+        Chore::Balance(arguments) => balance::measure(&root(), &arguments),
         Chore::Streams(arguments) => streams::measure(&root(), &arguments),
         Chore::OpenLoop(load) => load.run(),
         Chore::Overload { seconds } => overload::flood(&root(), seconds),

@@ -33,8 +33,45 @@ pub struct Deployment {
     pub drain_tokens: u32,
     /// Whether a broken stream may go on in another numerics class.
     pub cross_class: bool,
+    /// Which of the replicas that can take a request gets it.
+    pub balancing: Balancing,
     /// The models, by the name that requests use; never empty.
     pub models: Vec<ModelDeployment>,
+}
+
+/// Which of the replicas that can take a request gets it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Balancing {
+    /// The one that has had the prompt's beginning, unless it has too much to do; else as [`Balancing::TwoChoices`].
+    #[default]
+    Affinity,
+    /// Of two drawn at random, the one with fewer tokens to compute.
+    TwoChoices,
+    /// The one with the fewest requests.
+    LeastRequests,
+    /// Each in its turn.
+    RoundRobin,
+}
+
+impl Balancing {
+    /// All of them.
+    pub const ALL: [Balancing; 4] =
+        [Balancing::Affinity, Balancing::TwoChoices, Balancing::LeastRequests, Balancing::RoundRobin];
+
+    /// The word for it in `consort.toml` and on the command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            Balancing::Affinity => "affinity",
+            Balancing::TwoChoices => "two_choices",
+            Balancing::LeastRequests => "least_requests",
+            Balancing::RoundRobin => "round_robin",
+        }
+    }
+
+    /// The one with this name.
+    pub fn from_name(name: &str) -> Option<Balancing> {
+        Balancing::ALL.into_iter().find(|way| way.name() == name)
+    }
 }
 
 /// TLS of the front door.
@@ -240,6 +277,7 @@ impl Default for Deployment {
             hedging: Hedging { enabled: false, after: Duration::from_millis(500), budget: 0.05 },
             drain_tokens: 256,
             cross_class: false,
+            balancing: Balancing::default(),
             models: Vec::new(),
         }
     }

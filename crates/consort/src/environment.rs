@@ -1,8 +1,8 @@
 //! Every environment variable this program reads, and nothing else reads any.
 //!
 //! Ours begin with `CONSORT_`. A few of other tools' are honoured so that a machine set up for them needs no more:
-//! `HF_TOKEN`, `OTEL_EXPORTER_OTLP_ENDPOINT`, `PIP_INDEX_URL`, `XDG_CACHE_HOME`, `XDG_STATE_HOME`, `NO_COLOR`. (The HTTP client honours `HTTPS_PROXY` and kin, the TLS
-//! roots `SSL_CERT_FILE`.)
+//! `HF_TOKEN`, `OTEL_EXPORTER_OTLP_ENDPOINT`, `_CERTIFICATE` and `_HEADERS`, `PIP_INDEX_URL`, `XDG_CACHE_HOME`,
+//! `XDG_STATE_HOME`, `NO_COLOR`. (The HTTP client honours `HTTPS_PROXY` and kin, the TLS roots `SSL_CERT_FILE`.)
 
 use std::path::PathBuf;
 
@@ -100,6 +100,17 @@ pub(crate) fn set_log_json(json: bool) {
 /// Where traces go: `CONSORT_OTLP_ENDPOINT`, else `OTEL_EXPORTER_OTLP_ENDPOINT`.
 pub(crate) fn otlp_endpoint() -> Option<String> {
     var("CONSORT_OTLP_ENDPOINT").or_else(|| var("OTEL_EXPORTER_OTLP_ENDPOINT"))
+}
+
+/// A PEM file of the certificates that the collector may have: `CONSORT_OTLP_CERTIFICATE`, else
+/// `OTEL_EXPORTER_OTLP_CERTIFICATE`.
+pub(crate) fn otlp_certificate() -> Option<PathBuf> {
+    var("CONSORT_OTLP_CERTIFICATE").or_else(|| var("OTEL_EXPORTER_OTLP_CERTIFICATE")).map(PathBuf::from)
+}
+
+/// Headers for the collector: `CONSORT_OTLP_HEADERS`, else `OTEL_EXPORTER_OTLP_HEADERS`.
+pub(crate) fn otlp_headers() -> Option<String> {
+    var("CONSORT_OTLP_HEADERS").or_else(|| var("OTEL_EXPORTER_OTLP_HEADERS"))
 }
 
 /// Whether this is a terminal whose lines the editor can redraw; the names are the ones it knows as unable.

@@ -27,6 +27,15 @@ pub(crate) struct Member<'a> {
     pub(crate) value: Range<usize>,
 }
 
+/// Reads a text from its beginning to its end, once: whoever walks it goes into the values it wants and skips the others.
+/// Where an object's members are wanted one by one, [`Object`] is easier.
+pub(crate) struct Cursor<'a> {
+    /// As far as may be read.
+    bytes: &'a [u8],
+    text: &'a str,
+    at: usize,
+}
+
 /// The members of an object, one after the other. It must be read to its end before all of it is known to be JSON.
 pub(crate) struct Object<'a> {
     cursor: Cursor<'a>,
@@ -127,14 +136,105 @@ pub(crate) fn kind(literal: &str) -> &'static str {
     }
 }
 
-struct Cursor<'a> {
-    /// As far as may be read.
-    bytes: &'a [u8],
-    text: &'a str,
-    at: usize,
-}
+/// Bytes that end a string, begin an escape or may not stand in one.
+const SPECIAL: [bool; 256] = {
+    let mut special = [false; 256];
+    let mut byte = 0;
+    while byte < 0x20 {
+        special[byte] = true;
+        byte += 1;
+    }
+    special[b'"' as usize] = true;
+    special[b'\\' as usize] = true;
+    special
+};
 
 impl<'a> Cursor<'a> {
+    /// At the beginning of a text.
+    pub(crate) fn new(text: &'a str) -> Cursor<'a> {
+        let mut cursor = Cursor { bytes: text.as_bytes(), text, at: 0 };
+        cursor.space();
+        cursor
+    }
+
+    /// Where it is.
+    pub(crate) fn at(&self) -> usize {
+        self.at
+    }
+
+    /// Reads an object. `member` is called at each member's value, with its key and where the key began, and must read
+    /// that value: by [`Cursor::skip`], [`Cursor::object`] or [`Cursor::list`].
+    pub(crate) fn object(
+        &mut self,
+        mut member: impl FnMut(&mut Cursor<'a>, &str, usize) -> Scan<()>,
+    ) -> Scan<()> {
+        self.expect(b'{')?;
+        self.space();
+        if self.peek() == Some(b'}') {
+            self.at += 1;
+            return Ok(());
+        }
+        loop {
+            let start = self.at;
+            let key = self.key()?;
+            self.space();
+            self.expect(b':')?;
+            self.space();
+            member(self, &key, start)?;
+            self.space();
+            if self.peek() == Some(b'}') {
+                self.at += 1;
+                return Ok(());
+            }
+            self.expect(b',')?;
+            self.space();
+        }
+    }
+
+    /// Reads a list. `element` is called at each element and must read it.
+    pub(crate) fn list(&mut self, mut element: impl FnMut(&mut Cursor<'a>) -> Scan<()>) -> Scan<()> {
+        self.expect(b'[')?;
+        self.space();
+        if self.peek() == Some(b']') {
+            self.at += 1;
+            return Ok(());
+        }
+        loop {
+            element(self)?;
+            self.space();
+            if self.peek() == Some(b']') {
+                self.at += 1;
+                return Ok(());
+            }
+            self.expect(b',')?;
+            self.space();
+        }
+    }
+
+    /// Reads a value; where it lies.
+    pub(crate) fn skip(&mut self) -> Scan<Range<usize>> {
+        let start = self.at;
+        self.value(MAX_DEPTH)?;
+        Ok(start..self.at)
+    }
+
+    /// Whether the value here is `null`.
+    pub(crate) fn is_null(&self) -> bool {
+        self.bytes[self.at..].starts_with(b"null")
+    }
+
+    /// Nothing may follow but white space.
+    pub(crate) fn finish(&mut self) -> Scan<()> {
+        self.end()
+    }
+
+    /// A whole number that is not negative, and fits.
+    pub(crate) fn number_u32(&mut self) -> Scan<u32> {
+        let start = self.at;
+        let range = self.skip()?;
+        self.text[range].parse().map_err(|_| Malformed { at: start })
+    }
+
     fn peek(&self) -> Option<u8> {
         self.bytes.get(self.at).copied()
     }
@@ -172,6 +272,12 @@ impl<'a> Cursor<'a> {
     fn string(&mut self) -> Scan<()> {
         self.expect(b'"')?;
         loop {
+            let rest = self.bytes.get(self.at..).unwrap_or_default();
+            let Some(plain) = rest.iter().position(|byte| SPECIAL[usize::from(*byte)]) else {
+                self.at = self.bytes.len();
+                return self.fail();
+            };
+            self.at += plain;
             match self.peek() {
                 Some(b'"') => {
                     self.at += 1;
@@ -191,8 +297,7 @@ impl<'a> Cursor<'a> {
                         _ => return self.fail(),
                     }
                 }
-                None | Some(0..=0x1f) => return self.fail(),
-                Some(_) => self.at += 1,
+                _ => return self.fail(),
             }
         }
     }
@@ -297,6 +402,39 @@ mod tests {
         assert_eq!(members("{}").unwrap(), []);
     }
 
+    /// A cursor that skips everything agrees with [`Object`], and with what it reads on the way.
+    #[test]
+    fn a_walk_finds_the_same() {
+        let text = " {\"a\" : [1, {\"b\":2} ] ,\"c\":{ \"d\" : \"x\\\"}\"},\"e\":[ ]} ";
+        let (mut numbers, mut inner, mut keys) = (Vec::new(), None, Vec::new());
+        let mut cursor = Cursor::new(text);
+        cursor
+            .object(|cursor, key, start| {
+                assert_eq!(text.as_bytes()[start], b'"');
+                keys.push(key.to_owned());
+                match key {
+                    "a" => cursor.list(|cursor| {
+                        numbers.push(&text[cursor.skip()?]);
+                        Ok(())
+                    }),
+                    "c" => cursor.object(|cursor, _, _| {
+                        inner = Some(&text[cursor.skip()?]);
+                        Ok(())
+                    }),
+                    _ => cursor.list(|cursor| cursor.skip().map(|_| ())),
+                }
+            })
+            .unwrap();
+        cursor.finish().unwrap();
+        assert_eq!((numbers, inner), (vec!["1", "{\"b\":2}"], Some("\"x\\\"}\"")));
+        assert_eq!(keys, ["a", "c", "e"]);
+        for wrong in ["", "{", "{\"a\"", "{\"a\":1", "{\"a\":1,}", "{,}", "[]", "{\"a\":1} x"] {
+            let mut cursor = Cursor::new(wrong);
+            let read = cursor.object(|cursor, _, _| cursor.skip().map(|_| ())).and_then(|()| cursor.finish());
+            assert!(read.is_err(), "{wrong}");
+        }
+    }
+
     #[test]
     fn elements_too() {
         let text = "x[1, \"two\" ,[3]]";
@@ -330,6 +468,10 @@ mod tests {
             let theirs = serde_json::from_str::<std::collections::HashMap<String, serde_json::Value>>(&text);
             refused += usize::from(theirs.is_err());
             assert_eq!(members(&text).is_ok(), theirs.is_ok(), "round {round}: {text}");
+            let mut cursor = Cursor::new(&text);
+            let walked =
+                cursor.object(|cursor, _, _| cursor.skip().map(|_| ())).and_then(|()| cursor.finish());
+            assert_eq!(walked.is_ok(), theirs.is_ok(), "round {round}: {text}");
         }
         assert!((1000..19_000).contains(&refused), "{refused}");
     }

@@ -3,6 +3,7 @@
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
+use consort_api::deployment::Balancing;
 use consort_base::Backoff;
 use tokio::sync::Notify;
 
@@ -79,8 +80,8 @@ pub struct ReplicaSettings {
     pub max_outstanding: usize,
     /// Requests that may wait here for one model; one more is refused with 429.
     pub max_pending: usize,
-    /// Prompts go where their beginning is in the prefix cache, as far as loads allow.
-    pub affinity: bool,
+    /// Which of the replicas that can take a request gets it.
+    pub balancing: Balancing,
     /// When a replica that answers badly is taken out.
     pub outlier: OutlierSettings,
     /// When a replica that can't be reached is left alone.
@@ -101,6 +102,8 @@ pub struct RetrySettings {
     pub budget: BudgetSettings,
     /// How long a request may wait where no replica can take it.
     pub wait: Duration,
+    /// A replica that hasn't begun its answer within this is left for another one, where there is one.
+    pub begin: Duration,
 }
 
 /// The settings of a gateway that runs: one value, replaced as a whole. Who uses them takes a look (a reference count)
@@ -160,7 +163,7 @@ impl Default for ReplicaSettings {
             stalled_after: Duration::from_secs(10),
             max_outstanding: 64,
             max_pending: 1024,
-            affinity: true,
+            balancing: Balancing::default(),
             outlier: OutlierSettings::default(),
             breaker: BreakerSettings::default(),
             trust: Trust::default(),
@@ -175,6 +178,7 @@ impl Default for RetrySettings {
             budget: BudgetSettings { ratio: 0.2, floor: 3 },
             backoff: Backoff { base: Duration::from_millis(50), cap: Duration::from_secs(2) },
             wait: Duration::from_secs(30),
+            begin: Duration::from_secs(60),
         }
     }
 }

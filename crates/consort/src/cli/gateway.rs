@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use clap::Args;
+use consort_api::deployment::Balancing;
 use consort_api::{ApiKeyRecord, FleetReplica, KeyLimits, Numerics, Protocol};
 use consort_gateway::{Discovery, Gateway as Door, Settings, Tls, Trust};
 
@@ -35,6 +36,10 @@ pub(crate) struct Gateway {
     upstream_key: Option<String>,
     #[command(flatten)]
     listen: Listen,
+    /// Which replica gets a request: affinity (the one that has had the prompt's beginning), two_choices (of two drawn at
+    /// random the one with fewer tokens to compute), least_requests or round_robin
+    #[arg(long, value_name = "WAY", default_value = "affinity", value_parser = balancing)]
+    balancing: Balancing,
     /// Where no replica of the same numerics class is left, continue an answer on another, and say so in its last event
     #[arg(long)]
     any_class: bool,
@@ -72,6 +77,7 @@ impl Gateway {
         let discovery = self.discovery(&trust)?;
         let mut settings = Settings::default();
         settings.replicas.trust = trust;
+        settings.replicas.balancing = self.balancing;
         settings.replicas.silence_timeout = Duration::from_millis(self.silence_timeout);
         settings.clients.allowed_hosts = self.allowed_hosts.clone();
         settings.clients.allowed_origins = self.allowed_origins.clone();
@@ -187,4 +193,9 @@ impl Gateway {
         line("")?;
         Ok(())
     }
+}
+
+fn balancing(name: &str) -> Result<Balancing, String> {
+    let names = || Balancing::ALL.map(Balancing::name).join(", ");
+    Balancing::from_name(name).ok_or_else(|| format!("it may be {}", names()))
 }

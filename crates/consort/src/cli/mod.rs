@@ -15,6 +15,7 @@ use std::time::Instant;
 
 use anyhow::Result;
 use clap::{Parser, Subcommand};
+use consort_meter::otlp::Collector;
 
 /// Serve and run open AI models on the machines you own.
 #[derive(Parser, Debug)]
@@ -106,7 +107,14 @@ fn log(default: &str) -> Result<()> {
 /// Sends traces to a collector, where one is named.
 fn traces(service: &str) -> Result<()> {
     let Some(endpoint) = crate::environment::otlp_endpoint() else { return Ok(()) };
-    consort_meter::otlp::start(&endpoint, service)
+    let certificates = match crate::environment::otlp_certificate() {
+        Some(path) => Some(std::fs::read(&path).map_err(|e| {
+            UsageError(format!("CONSORT_OTLP_CERTIFICATE: {} can't be read: {e}", path.display()))
+        })?),
+        None => None,
+    };
+    let headers = crate::environment::otlp_headers();
+    consort_meter::otlp::start(&Collector { endpoint, certificates, headers }, service)
         .map_err(|e| UsageError(format!("CONSORT_OTLP_ENDPOINT: {e}")).into())
 }
 

@@ -184,6 +184,7 @@ fn settings(deployment: &Deployment) -> Settings {
     settings.replicas.connect_timeout = deployment.timeouts.connect;
     settings.replicas.silence_timeout = deployment.timeouts.token;
     settings.replicas.stalled_after = deployment.timeouts.step;
+    settings.replicas.balancing = deployment.balancing;
     settings.replicas.max_pending = deployment.limits.pending as usize;
     settings.retries.attempts = deployment.retries.attempts;
     settings.retries.budget.ratio = deployment.retries.budget;
@@ -192,5 +193,6 @@ fn settings(deployment: &Deployment) -> Settings {
     settings.hedging.after = deployment.hedging.after;
     settings.hedging.budget = deployment.hedging.budget;
     settings.retries.wait = deployment.timeouts.attempt;
+    settings.retries.begin = deployment.timeouts.attempt;
     settings
 }

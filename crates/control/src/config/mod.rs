@@ -18,7 +18,7 @@ use toml::de::DeTable;
 pub use report::{Problem, Problems};
 use section::{Placed, Section};
 pub use values::parse_duration;
-use values::{address, bytes, count, duration, flag, share, text, texts};
+use values::{address, balancing, bytes, count, duration, flag, share, text, texts};
 
 /// A longer file is refused unread: it can't be meant.
 pub const MOST_BYTES: usize = 1 << 20;
@@ -78,6 +78,7 @@ fn deployment(table: &DeTable<'_>, source: &str, problems: &mut Vec<Problem>) ->
     let allowed_hosts = file.get("allowed_hosts", Vec::new(), problems, texts).value;
     let allowed_origins = file.get("allowed_origins", Vec::new(), problems, texts).value;
     let cross_class = file.get("cross_class", default.cross_class, problems, flag).value;
+    let balancing = file.get("balancing", default.balancing, problems, balancing).value;
     let keys_required = file.table("keys", problems).is_some_and(|mut keys| {
         let required = keys.get("required", false, problems, flag).value;
         keys.finish(problems);
@@ -124,6 +125,7 @@ fn deployment(table: &DeTable<'_>, source: &str, problems: &mut Vec<Problem>) ->
         hedging,
         drain_tokens,
         cross_class,
+        balancing,
         models,
     }
 }

@@ -3,6 +3,7 @@
 use std::net::SocketAddr;
 use std::time::Duration;
 
+use consort_api::deployment::Balancing;
 use toml::de::DeValue;
 
 /// What is wrong with a value, and what would be right.
@@ -32,6 +33,15 @@ fn not(wanted: &str, value: &DeValue<'_>, example: &str) -> Wrong {
 /// `true` or `false`.
 pub(super) fn flag(value: &DeValue<'_>) -> Result<bool, Wrong> {
     value.as_bool().ok_or_else(|| not("true or false", value, "true"))
+}
+
+/// A way to choose among replicas.
+pub(super) fn balancing(value: &DeValue<'_>) -> Result<Balancing, Wrong> {
+    let names = Balancing::ALL.map(|way| format!("\"{}\"", way.name()));
+    let name = value.as_str().ok_or_else(|| not("a string", value, &names[0]))?;
+    Balancing::from_name(name).ok_or_else(|| {
+        ("there is no such way to balance".into(), Some(format!("it may be {}", names.join(", "))))
+    })
 }
 
 /// A string that isn't empty.

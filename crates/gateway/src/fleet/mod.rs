@@ -14,14 +14,14 @@ use std::time::Instant;
 use consort_api::{Fleet, ModelSnapshot, Numerics, Shadow, VersionSnapshot};
 use tokio::sync::Notify;
 
-use crate::policy::affinity::Affinity;
+use crate::policy::balance::Balance;
 use crate::proxy::upstream::{AddressError, Upstream};
 use crate::settings::ReplicaSettings;
 use crate::telemetry::VersionStats;
 
 pub(crate) use pending::{Pending, Place, Running};
 pub(crate) use probe::watch;
-pub(crate) use replica::{Replica, Ticket, Went};
+pub(crate) use replica::{Replica, Ticket, Went, Work};
 
 /// Why a fleet can't be stood before.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -67,7 +67,7 @@ pub(crate) struct Version {
     pub(crate) on_trial: bool,
     pub(crate) replicas: Vec<Arc<Replica>>,
     pub(crate) stats: Arc<VersionStats>,
-    pub(crate) affinity: Arc<Mutex<Affinity>>,
+    pub(crate) balance: Arc<Mutex<Balance>>,
 }
 
 /// The fleet at one time.
@@ -165,7 +165,7 @@ impl Registry {
                     before.get(&model.name).and_then(|m| m.versions.iter().find(|v| v.name == version.name));
                 versions.push(Version {
                     stats: known.map_or_else(|| Arc::new(VersionStats::new()), |known| known.stats.clone()),
-                    affinity: known.map_or_else(Arc::default, |known| known.affinity.clone()),
+                    balance: known.map_or_else(Arc::default, |known| known.balance.clone()),
                     name: version.name.clone(),
                     weight: version.weight,
                     numerics: version.numerics,

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use consort_api::{FleetReplica, Protocol, ReadyReport, ReplicaSnapshot, ReplicaState};
 use tokio::sync::{Notify, watch};
 
-use crate::policy::affinity::Home;
+use crate::policy::balance::Candidate;
 use crate::policy::breaker::Breaker;
 use crate::policy::liveness::{Change, Life, Liveness, Probe};
 use crate::policy::outlier::Outlier;
@@ -122,7 +122,7 @@ impl Replica {
             outstanding_requests: AtomicU64::new(0),
             outstanding_tokens: AtomicU64::new(0),
             origin: now,
-            home: Home::hash(&replica.id),
+            home: Candidate::hash(&replica.id),
             alive_ms: AtomicU64::new(0),
             lost: watch::channel(0).0,
             suspected: Notify::new(),
@@ -321,41 +321,68 @@ impl Replica {
         self.lost.subscribe()
     }
 
-    /// Notes a request of about `tokens` as sent there, until the ticket is dropped.
-    pub(crate) fn ticket(self: &Arc<Replica>, tokens: u64) -> Ticket {
+    /// It, as one of those that may get a request.
+    pub(crate) fn candidate(&self, share: f64) -> Candidate {
+        let (requests, tokens) = (self.outstanding_requests(), self.outstanding_tokens());
+        Candidate { id: self.home, requests, tokens, share }
+    }
+
+    /// Notes a request as sent there, until the ticket is dropped.
+    pub(crate) fn ticket(self: &Arc<Replica>, work: Work) -> Ticket {
         {
             let mut core = self.core();
             core.requests += 1;
             core.breaker.sent(Instant::now());
         }
         self.outstanding_requests.fetch_add(1, Ordering::Relaxed);
-        self.outstanding_tokens.fetch_add(tokens, Ordering::Relaxed);
-        Ticket { replica: Arc::clone(self), tokens, settled: false }
+        self.outstanding_tokens.fetch_add(work.tokens(), Ordering::Relaxed);
+        Ticket { replica: Arc::clone(self), work, settled: false }
     }
 }
+
+/// What a request needs, in tokens, about.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Work {
+    /// To be read, in a few large steps.
+    pub(crate) prompt: u64,
+    /// To be said, one by one.
+    pub(crate) answer: u64,
+}
+
+impl Work {
+    /// All of them.
+    pub(crate) fn tokens(self) -> u64 {
+        self.prompt.saturating_add(self.answer)
+    }
+}
+
+/// Tokens of its answer that a request is taken to need while it isn't over: how long it gets is a guess, and one that
+/// goes on past it is work still.
+const UNDER_WAY: u64 = 16;
 
 /// A request's place at a replica.
 pub(crate) struct Ticket {
     pub(crate) replica: Arc<Replica>,
     /// Estimated to be computed yet.
-    tokens: u64,
+    work: Work,
     /// How it went is known, and noted by whoever knows it.
     pub(crate) settled: bool,
 }
 
 impl Ticket {
-    /// `count` of them are computed.
+    /// `count` tokens of its answer are there: so is its prompt.
     pub(crate) fn done(&mut self, count: u64) {
-        let count = count.min(self.tokens);
-        self.tokens -= count;
-        self.replica.outstanding_tokens.fetch_sub(count, Ordering::Relaxed);
+        let count = count.min(self.work.answer.saturating_sub(UNDER_WAY));
+        self.work.answer -= count;
+        let computed = count + std::mem::take(&mut self.work.prompt);
+        self.replica.outstanding_tokens.fetch_sub(computed, Ordering::Relaxed);
     }
 }
 
 impl Drop for Ticket {
     fn drop(&mut self) {
         self.replica.outstanding_requests.fetch_sub(1, Ordering::Relaxed);
-        self.replica.outstanding_tokens.fetch_sub(self.tokens, Ordering::Relaxed);
+        self.replica.outstanding_tokens.fetch_sub(self.work.tokens(), Ordering::Relaxed);
         if !self.settled {
             self.replica.core().breaker.unknown(Instant::now());
         }

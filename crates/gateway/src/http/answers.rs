@@ -9,9 +9,10 @@ use hyper::header::{CACHE_CONTROL, CONTENT_TYPE, HeaderMap, HeaderName, HeaderVa
 use hyper::{Request, Response, StatusCode};
 
 use super::body::Body;
-use super::front::{Context, Front, REQUEST_ID, Recorded, json, refused};
+use super::front::{Context, Front, REQUEST_ID, Recorded};
 use super::read;
 use super::repeats::{self, Repeat};
+use super::respond::{json, refused};
 use crate::Gateway;
 use crate::error::{Outcome, Refusal};
 use crate::fleet::Model;

@@ -6,5 +6,6 @@ pub(crate) mod body;
 pub(crate) mod front;
 pub(crate) mod read;
 mod repeats;
+mod respond;
 pub(crate) mod tls;
 mod tokens;

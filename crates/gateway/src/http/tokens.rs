@@ -17,7 +17,7 @@ use super::body::Body;
 use super::front::{Context, Front, REQUEST_ID};
 use super::read;
 use crate::error::{Outcome, Refusal};
-use crate::fleet::{Model, Replica, Went};
+use crate::fleet::{Model, Replica, Went, Work};
 use crate::json::{self, Object};
 use crate::policy::balance::{self, Candidate};
 use crate::policy::canary;
@@ -54,7 +54,8 @@ impl Front {
         let mut failed: Vec<Arc<Replica>> = Vec::new();
         while failed.len() < TRIES {
             let Some(replica) = pick(&model, version, &failed) else { break };
-            let question = Question { path, headers: headers.clone(), body: body.clone(), tokens: 0 };
+            let question =
+                Question { path, headers: headers.clone(), body: body.clone(), work: Work::default() };
             match ask(&replica, question, &settings.replicas, context.deadline).await {
                 Ok(said) => {
                     replica.went(Instant::now(), Went::Well, true);
@@ -84,13 +85,11 @@ fn pick(model: &Model, version: usize, failed: &[Arc<Replica>]) -> Option<Arc<Re
         .iter()
         .filter(|replica| replica.protocol == Protocol::Consort)
         .filter(|replica| !failed.iter().any(|other| Arc::ptr_eq(other, replica)))
-        .map(|replica| {
-            (replica, Candidate { tokens: replica.outstanding_tokens(), share: replica.fitness(now).share })
-        })
+        .map(|replica| (replica, replica.candidate(replica.fitness(now).share)))
         .filter(|(_, candidate)| candidate.share > 0.0)
         .collect();
     let candidates: Vec<Candidate> = fit.iter().map(|(_, candidate)| *candidate).collect();
-    balance::pick(&candidates, 0, random()).map(|index| Arc::clone(fit[index].0))
+    balance::lighter(&candidates, 0, random()).map(|index| Arc::clone(fit[index].0))
 }
 
 /// The model's name, and the body without it: a replica has its own name for what it serves.

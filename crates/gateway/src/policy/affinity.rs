@@ -19,9 +19,9 @@ const MAX_BLOCKS: usize = 64;
 const REMEMBERED: usize = 64 << 10;
 /// A replica may have this much more than the mean.
 const BOUND: f64 = 1.25;
-/// And so many tokens in any case: with little to do, the cache matters more than balance. (In the simulation beside
-/// this file, twice as many make the slowest answers slower, half as many find fewer prefixes.)
-const SLACK: f64 = 512.0;
+/// And so many tokens for each block of the prompt that it has had: what they would take to be computed elsewhere, since
+/// reading a token costs about a quarter of saying one.
+const WORTH: f64 = 16.0;
 
 /// Hashes of a prompt's beginnings, the shortest first.
 pub(crate) fn beginnings(prompt: &[u8]) -> Vec<u64> {
@@ -48,31 +48,18 @@ pub(crate) struct Affinity {
     order: VecDeque<u64>,
 }
 
-/// A replica, as affinity knows it.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Home {
-    /// Its id's hash.
-    pub(crate) id: u64,
-    pub(crate) candidate: Candidate,
-}
-
-impl Home {
-    pub(crate) fn hash(id: &str) -> u64 {
-        mix(0, id)
-    }
-}
-
 impl Affinity {
     /// The index of the replica that should get a prompt with these beginnings; none where nothing speaks for one.
-    pub(crate) fn choose(&self, homes: &[Home], beginnings: &[u64], cost: u64) -> Option<usize> {
+    pub(crate) fn choose(&self, homes: &[Candidate], beginnings: &[u64], cost: u64) -> Option<usize> {
         let first = *beginnings.first()?;
-        let load = |home: &Home| home.candidate.load_with(cost);
-        let mean =
-            homes.iter().map(|home| home.candidate.tokens as f64).sum::<f64>() / homes.len().max(1) as f64;
-        let most = (mean + cost as f64) * BOUND + SLACK;
-        let known = beginnings.iter().rev().find_map(|beginning| self.seen.get(beginning));
-        if let Some(id) = known
-            && let Some(index) = homes.iter().position(|home| home.id == *id && load(home) <= most)
+        let load = |home: &Candidate| home.load_with(cost);
+        let mean = homes.iter().map(|home| home.tokens as f64).sum::<f64>() / homes.len().max(1) as f64;
+        let most = (mean + cost as f64) * BOUND;
+        let seen = |(at, beginning): (usize, &u64)| self.seen.get(beginning).map(|id| (at + 1, *id));
+        let known = beginnings.iter().enumerate().rev().find_map(seen);
+        if let Some((blocks, id)) = known
+            && let Some(index) = homes.iter().position(|home| home.id == id)
+            && load(&homes[index]) <= most + WORTH * blocks as f64
         {
             return Some(index);
         }
@@ -97,13 +84,14 @@ impl Affinity {
 
 #[cfg(test)]
 mod tests {
+    use consort_api::deployment::Balancing;
     use consort_base::Philox;
 
     use super::*;
-    use crate::policy::balance;
+    use crate::policy::balance::Balance;
 
-    fn home(id: u64, tokens: u64) -> Home {
-        Home { id, candidate: Candidate { tokens, share: 1.0 } }
+    fn home(id: u64, tokens: u64) -> Candidate {
+        Candidate { id, requests: 0, tokens, share: 1.0 }
     }
 
     #[test]
@@ -141,18 +129,17 @@ mod tests {
     fn prefixes_are_found_where_they_were_left() {
         let found = |with: bool| {
             let mut rng = Philox::new(9, 0);
-            let mut affinity = Affinity::default();
+            let mut balance = Balance::default();
             let (mut loads, mut caches) = ([0u64; 4], vec![VecDeque::<usize>::new(); 4]);
             let (mut hits, mut turns, mut spread) = (0, 0, 0);
             for _ in 0..4000 {
                 let conversation = rng.next_u64() as usize % 60;
                 let prompt: Vec<u64> = (0..4).map(|block| (conversation * 10 + block) as u64).collect();
                 let cost = 50 + rng.next_u64() % 400;
-                let homes: Vec<Home> = (0..4).map(|i| home(i as u64, loads[i])).collect();
-                let candidates: Vec<Candidate> = homes.iter().map(|home| home.candidate).collect();
-                let chosen = with.then(|| affinity.choose(&homes, &prompt, cost)).flatten();
-                let index = chosen.or_else(|| balance::pick(&candidates, cost, rng.next_u64())).unwrap();
-                affinity.note(&prompt, index as u64);
+                let homes: Vec<Candidate> = (0..4).map(|i| home(i as u64, loads[i])).collect();
+                let way = if with { Balancing::Affinity } else { Balancing::TwoChoices };
+                let index = balance.choose(way, &homes, &prompt, cost, rng.next_u64()).unwrap();
+                balance.note(&prompt, index as u64);
                 turns += 1;
                 let cache = &mut caches[index];
                 hits += usize::from(cache.contains(&conversation));

@@ -15,7 +15,7 @@ use tokio::sync::watch;
 use super::plain::Plain;
 use super::sse::{Event, Events};
 use super::upstream::{Connection, SendError};
-use crate::fleet::{Replica, Ticket};
+use crate::fleet::{Replica, Ticket, Work};
 use crate::settings::ReplicaSettings;
 
 /// Bytes of a refusal that is passed on.
@@ -42,6 +42,8 @@ pub(crate) enum Failure {
     Error(Box<Refused>),
     /// Its numerics class is another than the answer's.
     OtherClass,
+    /// It didn't begin in the time that a try has.
+    Slow,
     /// The request's own time was up.
     Deadline,
 }
@@ -59,6 +61,7 @@ impl Failure {
             Failure::NotNow(_) => "not_now",
             Failure::Error(_) => "error",
             Failure::OtherClass => "other_class",
+            Failure::Slow => "slow",
             Failure::Deadline => "deadline",
         }
     }
@@ -129,7 +132,7 @@ pub(crate) struct Question {
     pub(crate) path: &'static str,
     pub(crate) headers: HeaderMap,
     pub(crate) body: Bytes,
-    pub(crate) tokens: u64,
+    pub(crate) work: Work,
 }
 
 impl Attempt {
@@ -140,7 +143,7 @@ impl Attempt {
         settings: &ReplicaSettings,
         deadline: Instant,
     ) -> Result<Reply, Failure> {
-        let mut ticket = replica.ticket(question.tokens);
+        let mut ticket = replica.ticket(question.work);
         let patience = Patience::with(replica, settings);
         let reply = Attempt::reply(replica, question, patience, deadline).await;
         // Whoever called learns how it went, and notes it. A caller that goes away in between never comes here.
@@ -256,7 +259,7 @@ pub(crate) async fn ask(
     settings: &ReplicaSettings,
     deadline: Instant,
 ) -> Result<Refused, Failure> {
-    let mut ticket = replica.ticket(question.tokens);
+    let mut ticket = replica.ticket(question.work);
     ticket.settled = true;
     let patience = Patience::with(replica, settings);
     let (response, connection, mut lost) = match Attempt::reply(replica, question, patience, deadline).await?

@@ -1,24 +1,25 @@
-//! One event of a replica's stream, read in place and passed on with small cuts.
+//! One event of a replica's stream, read in place, once, and passed on with small cuts.
 //!
 //! A chunk isn't parsed into values: the gateway finds where the fields lie that it needs (`choices[0].index`,
 //! `token_ids`, `finish_reason`) or must take out (`token_ids` and `usage` where the client didn't ask for them), and
-//! copies what lies between. A chunk costs one pass and one copy.
+//! copies what lies between. Whoever needs more of it (the text, to put a whole answer together) looks where it was found
+//! to lie. A chunk costs one pass and one copy.
 
 use std::ops::Range;
 
-use bytes::{BufMut as _, BytesMut};
+use bytes::{BufMut as _, Bytes, BytesMut};
 
-use crate::json::{List, Malformed, Object};
+use crate::json::{Cursor, Malformed};
 
-/// A chunk of an answer, as it lies in its text.
-#[derive(Debug, PartialEq)]
-pub(crate) struct Chunk<'a> {
-    text: &'a str,
+/// A chunk of an answer, and where things lie in it.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Chunk {
+    data: Bytes,
     /// None in the chunk that carries the usage.
-    pub(crate) choice: Option<Choice<'a>>,
-    pub(crate) fingerprint: Option<&'a str>,
-    /// The value of `usage`, where it isn't null.
-    pub(crate) usage: Option<&'a str>,
+    pub(crate) choice: Option<Choice>,
+    fingerprint: Option<Range<usize>>,
+    /// Where it isn't null.
+    usage: Option<Range<usize>>,
     model: Option<Range<usize>>,
     /// With the comma before it.
     usage_member: Option<Range<usize>>,
@@ -27,19 +28,16 @@ pub(crate) struct Chunk<'a> {
 }
 
 /// What is new in one answer.
-#[derive(Debug, PartialEq)]
-pub(crate) struct Choice<'a> {
+#[derive(Clone, Debug, Default, PartialEq)]
+pub(crate) struct Choice {
     pub(crate) index: usize,
     /// None in the chunk that opens an answer: it says who speaks, or repeats the prompt.
     pub(crate) token_ids: Option<Vec<u32>>,
     /// With the comma before it.
     token_ids_member: Option<Range<usize>>,
-    /// `stop`, `length`, …, in the last chunk.
-    pub(crate) finish_reason: Option<&'a str>,
-    /// The value of `delta` or `text`.
-    pub(crate) content: Option<&'a str>,
-    /// The value of `logprobs`, where it isn't null.
-    pub(crate) logprobs: Option<&'a str>,
+    finish_reason: Option<Range<usize>>,
+    content: Option<Range<usize>>,
+    logprobs: Option<Range<usize>>,
 }
 
 /// What the client is to get of a chunk.
@@ -55,53 +53,86 @@ pub(crate) struct Edit<'a> {
     pub(crate) extra: Option<&'a str>,
 }
 
-impl<'a> Chunk<'a> {
+impl Chunk {
     /// Reads the data of an event.
     ///
     /// # Errors
     /// Where it isn't JSON or not a chunk of one choice.
-    pub(crate) fn read(text: &'a str) -> Result<Chunk<'a>, Malformed> {
-        let mut object = Object::new(text)?;
-        let mut chunk = Chunk {
-            text,
-            choice: None,
-            fingerprint: None,
-            usage: None,
-            model: None,
-            usage_member: None,
-            end: text.trim_end().len().saturating_sub(1),
-        };
-        let mut choices = false;
-        while let Some(member) = object.next()? {
-            match member.key.as_ref() {
+    pub(crate) fn read(data: Bytes) -> Result<Chunk, Malformed> {
+        let text = std::str::from_utf8(&data).map_err(|e| Malformed { at: e.valid_up_to() })?;
+        let (mut choice, mut choices) = (None, false);
+        let (mut fingerprint, mut model, mut usage, mut usage_member) = (None, None, None, None);
+        let mut cursor = Cursor::new(text);
+        cursor.object(|cursor, key, start| {
+            match key {
                 "choices" => {
                     choices = true;
-                    let mut list = List::within(text, member.value)?;
-                    while let Some(element) = list.next()? {
-                        let at = element.start;
-                        if chunk.choice.replace(Choice::read(text, element)?).is_some() {
-                            return Err(Malformed { at });
+                    cursor.list(|cursor| {
+                        let at = cursor.at();
+                        match choice.replace(Choice::read(cursor, text)?) {
+                            None => Ok(()),
+                            Some(_) => Err(Malformed { at }),
                         }
-                    }
+                    })?;
                 }
                 "system_fingerprint" => {
-                    let value = &text[member.value];
-                    chunk.fingerprint = value.strip_prefix('"').and_then(|v| v.strip_suffix('"'));
+                    fingerprint = Some(cursor.skip()?).filter(|range| text[range.clone()].starts_with('"'));
                 }
-                "model" => chunk.model = Some(member.value),
+                "model" => model = Some(cursor.skip()?),
                 "usage" => {
-                    chunk.usage = Some(&text[member.value]).filter(|usage| *usage != "null");
-                    chunk.usage_member = Some(with_comma(text, member.whole));
+                    usage = present(cursor)?;
+                    usage_member = Some(with_comma(text, start..cursor.at()));
                 }
-                _ => {}
+                _ => drop(cursor.skip()?),
             }
+            Ok(())
+        })?;
+        let end = cursor.at().saturating_sub(1);
+        cursor.finish()?;
+        if !choices {
+            return Err(Malformed { at: 0 });
         }
-        if choices { Ok(chunk) } else { Err(Malformed { at: 0 }) }
+        Ok(Chunk { choice, fingerprint, usage, model, usage_member, end, data })
+    }
+
+    /// A part of it; it was read as text, and parts end where characters do.
+    fn text(&self, range: &Range<usize>) -> &str {
+        self.data.get(range.clone()).and_then(|bytes| std::str::from_utf8(bytes).ok()).unwrap_or_default()
+    }
+
+    /// The numerics class.
+    pub(crate) fn fingerprint(&self) -> Option<&str> {
+        self.fingerprint.as_ref().map(|range| self.text(range).trim_matches('"'))
+    }
+
+    /// The value of `usage`, where it isn't null.
+    pub(crate) fn usage(&self) -> Option<&str> {
+        self.usage.as_ref().map(|range| self.text(range))
     }
 
     /// The model's name as JSON.
-    pub(crate) fn model(&self) -> Option<&'a str> {
-        self.model.clone().map(|range| &self.text[range])
+    pub(crate) fn model(&self) -> Option<&str> {
+        self.model.as_ref().map(|range| self.text(range))
+    }
+
+    /// The value of its choice's `delta` or `text`.
+    pub(crate) fn content(&self) -> Option<&str> {
+        self.choice.as_ref()?.content.as_ref().map(|range| self.text(range))
+    }
+
+    /// The value of its choice's `logprobs`, where it isn't null.
+    pub(crate) fn logprobs(&self) -> Option<&str> {
+        self.choice.as_ref()?.logprobs.as_ref().map(|range| self.text(range))
+    }
+
+    /// `stop`, `length`, …, in an answer's last chunk.
+    pub(crate) fn finish_reason(&self) -> Option<&str> {
+        self.choice.as_ref()?.finish_reason.as_ref().map(|range| self.text(range).trim_matches('"'))
+    }
+
+    /// Its bytes.
+    pub(crate) fn len(&self) -> usize {
+        self.data.len()
     }
 
     /// Appends the chunk as the client is to see it.
@@ -110,7 +141,7 @@ impl<'a> Chunk<'a> {
         let mut cut = |out: &mut BytesMut, range: &Range<usize>, instead: &str| {
             // Members come in the order of the text; one that overlaps what was cut already went with it.
             if range.start >= at {
-                out.put_slice(&self.text.as_bytes()[at..range.start]);
+                out.put_slice(&self.data[at..range.start]);
                 out.put_slice(instead.as_bytes());
                 at = range.end;
             }
@@ -132,42 +163,42 @@ impl<'a> Chunk<'a> {
             cut(out, &(self.end..self.end), ",");
             out.put_slice(extra.as_bytes());
         }
-        out.put_slice(&self.text.as_bytes()[at..]);
+        out.put_slice(&self.data[at..]);
     }
 }
 
-impl<'a> Choice<'a> {
-    fn read(text: &'a str, range: Range<usize>) -> Result<Choice<'a>, Malformed> {
-        let wrong = Malformed { at: range.start };
-        let mut object = Object::within(text, range)?;
-        let mut index = None;
-        let mut choice = Choice {
-            index: 0,
-            token_ids: None,
-            token_ids_member: None,
-            finish_reason: None,
-            content: None,
-            logprobs: None,
-        };
-        while let Some(member) = object.next()? {
-            let value = &text[member.value.clone()];
-            match member.key.as_ref() {
-                "index" => index = value.parse().ok(),
-                "token_ids" if value != "null" => {
-                    choice.token_ids = Some(token_ids(text, member.value).ok_or(wrong)?);
-                    choice.token_ids_member = Some(with_comma(text, member.whole));
+impl Choice {
+    fn read(cursor: &mut Cursor<'_>, text: &str) -> Result<Choice, Malformed> {
+        let wrong = Malformed { at: cursor.at() };
+        let (mut choice, mut index) = (Choice::default(), None);
+        cursor.object(|cursor, key, start| {
+            match key {
+                "index" => index = text[cursor.skip()?].parse().ok(),
+                "token_ids" if !cursor.is_null() => {
+                    let mut ids = Vec::with_capacity(1);
+                    cursor.list(|cursor| {
+                        ids.push(cursor.number_u32()?);
+                        Ok(())
+                    })?;
+                    choice.token_ids = Some(ids);
+                    choice.token_ids_member = Some(with_comma(text, start..cursor.at()));
                 }
-                "finish_reason" if value != "null" => {
-                    choice.finish_reason = Some(value.trim_matches('"'));
-                }
-                "delta" | "text" => choice.content = Some(value),
-                "logprobs" if value != "null" => choice.logprobs = Some(value),
-                _ => {}
+                "finish_reason" => choice.finish_reason = present(cursor)?,
+                "delta" | "text" => choice.content = Some(cursor.skip()?),
+                "logprobs" => choice.logprobs = present(cursor)?,
+                _ => drop(cursor.skip()?),
             }
-        }
+            Ok(())
+        })?;
         choice.index = index.ok_or(wrong)?;
         Ok(choice)
     }
+}
+
+/// Where a value lies, unless it is null.
+fn present(cursor: &mut Cursor<'_>) -> Result<Option<Range<usize>>, Malformed> {
+    let null = cursor.is_null();
+    cursor.skip().map(|range| Some(range).filter(|_| !null))
 }
 
 /// A member's range from the comma before it, so that cutting it leaves JSON; where it is the first, to the comma
@@ -183,15 +214,6 @@ fn with_comma(text: &str, member: Range<usize>) -> Range<usize> {
     member.start..member.end + if comma == 1 { space + 1 } else { 0 }
 }
 
-fn token_ids(text: &str, range: Range<usize>) -> Option<Vec<u32>> {
-    let mut list = List::within(text, range).ok()?;
-    let mut ids = Vec::with_capacity(1);
-    while let Some(element) = list.next().ok()? {
-        ids.push(text[element].parse().ok()?);
-    }
-    Some(ids)
-}
-
 /// A JSON literal for a string.
 pub(crate) fn literal(text: &str) -> String {
     // A string always serialises.
@@ -204,9 +226,13 @@ mod tests {
 
     const CHUNK: &str = r#"{"id":"chatcmpl-1","object":"chat.completion.chunk","created":1,"model":"m","system_fingerprint":"fp","choices":[{"index":3,"delta":{"content":"a\",b"},"logprobs":null,"finish_reason":null,"token_ids":[5,6]}],"usage":null}"#;
 
+    fn read(text: &str) -> Result<Chunk, Malformed> {
+        Chunk::read(Bytes::copy_from_slice(text.as_bytes()))
+    }
+
     fn written(text: &str, edit: &Edit<'_>) -> String {
         let mut out = BytesMut::new();
-        Chunk::read(text).unwrap().write(&mut out, edit);
+        read(text).unwrap().write(&mut out, edit);
         let text = String::from_utf8(out.to_vec()).unwrap();
         serde_json::from_str::<serde_json::Value>(&text).unwrap_or_else(|e| panic!("{e}: {text}"));
         text
@@ -214,11 +240,11 @@ mod tests {
 
     #[test]
     fn a_chunk_is_found_and_passed_on_without_what_was_not_asked_for() {
-        let chunk = Chunk::read(CHUNK).unwrap();
+        let chunk = read(CHUNK).unwrap();
         let choice = chunk.choice.as_ref().unwrap();
         assert_eq!((choice.index, choice.token_ids.as_deref()), (3, Some(&[5, 6][..])));
-        assert_eq!((chunk.fingerprint, chunk.usage, choice.finish_reason), (Some("fp"), None, None));
-        assert_eq!(choice.content, Some(r#"{"content":"a\",b"}"#));
+        assert_eq!((chunk.fingerprint(), chunk.usage(), chunk.finish_reason()), (Some("fp"), None, None));
+        assert_eq!((chunk.content(), chunk.logprobs()), (Some(r#"{"content":"a\",b"}"#), None));
         let all = Edit { token_ids: true, usage: true, ..Edit::default() };
         assert_eq!(written(CHUNK, &all), CHUNK);
         let bare = CHUNK.replace(",\"token_ids\":[5,6]", "").replace(",\"usage\":null", "");
@@ -226,6 +252,11 @@ mod tests {
         let edit = Edit { model: Some("\"other\""), extra: Some("\"consort\":1"), ..all };
         let expected = CHUNK.replace("\"m\"", "\"other\"").replace("null}", "null,\"consort\":1}");
         assert_eq!(written(CHUNK, &edit), expected);
+        assert_eq!(
+            written(&format!("{CHUNK} \n"), &edit),
+            format!("{expected} \n"),
+            "white space stays where it is"
+        );
     }
 
     #[test]
@@ -233,7 +264,7 @@ mod tests {
         let text = r#"{"usage":null , "choices":[{"token_ids":[1],"index":0}]}"#;
         assert_eq!(written(text, &Edit::default()), r#"{ "choices":[{"index":0}]}"#);
         let only = r#"{"choices":[],"usage":{"prompt_tokens":3}}"#;
-        assert_eq!(Chunk::read(only).unwrap().usage, Some(r#"{"prompt_tokens":3}"#));
+        assert_eq!(read(only).unwrap().usage(), Some(r#"{"prompt_tokens":3}"#));
     }
 
     #[test]
@@ -246,8 +277,13 @@ mod tests {
             &CHUNK[..100],
             "{\"choices\":[{\"index\":0},{\"index\":1}]}",
             "{\"choices\":[{\"index\":0,\"token_ids\":[-1]}]}",
+            "{\"choices\":[{\"index\":0,\"token_ids\":[4294967296]}]}",
+            "{\"choices\":[{\"index\":0,\"token_ids\":7}]}",
+            "{\"choices\":{\"index\":0}}",
+            "{\"choices\":[]} {}",
         ] {
-            assert!(Chunk::read(text).is_err(), "{text}");
+            assert!(read(text).is_err(), "{text}");
         }
+        assert!(Chunk::read(Bytes::from_static(b"{\"choices\":[],\"a\":\"\xff\"}")).is_err());
     }
 }

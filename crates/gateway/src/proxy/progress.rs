@@ -55,9 +55,9 @@ impl Progress {
     }
 
     /// Judges a chunk that the replica sent next, and counts it where it is new.
-    pub(crate) fn judge(&mut self, chunk: &Chunk<'_>) -> News {
+    pub(crate) fn judge(&mut self, chunk: &Chunk) -> News {
         let Some(choice) = &chunk.choice else {
-            return match chunk.usage {
+            return match chunk.usage() {
                 Some(_) if !self.complete() => News::Foreign,
                 Some(_) if std::mem::replace(&mut self.usage, true) => News::Known,
                 Some(_) => News::New,
@@ -69,7 +69,7 @@ impl Progress {
             return News::Known;
         }
         let Some(ids) = &choice.token_ids else {
-            return match (choice.finish_reason, std::mem::replace(&mut said.opened, true)) {
+            return match (chunk.finish_reason(), std::mem::replace(&mut said.opened, true)) {
                 (Some(_), _) => News::Foreign,
                 (None, true) => News::Known,
                 (None, false) => News::New,
@@ -77,7 +77,7 @@ impl Progress {
         };
         said.opened = true;
         self.tokens += ids.len() as u64;
-        if choice.finish_reason.is_some() {
+        if chunk.finish_reason().is_some() {
             said.finished = true;
         } else {
             said.ids.extend_from_slice(ids);
@@ -168,7 +168,7 @@ mod tests {
                 let rest = stream(&answers, &emitted);
                 let cut = rng.next_u64() as usize % (rest.len() + 1);
                 for text in &rest[..cut] {
-                    match progress.judge(&Chunk::read(text).unwrap()) {
+                    match progress.judge(&Chunk::read(text.clone().into()).unwrap()) {
                         News::New => client.push(text.clone()),
                         News::Known => {}
                         News::Foreign => panic!("round {round}: {text}"),
@@ -190,7 +190,7 @@ mod tests {
     #[test]
     fn what_cannot_belong_to_the_answer_is_foreign() {
         let mut progress = Progress::new(1, Vec::new());
-        let mut judge = |text: &str| progress.judge(&Chunk::read(text).unwrap());
+        let mut judge = |text: &'static str| progress.judge(&Chunk::read(text.into()).unwrap());
         assert_eq!(judge(r#"{"choices":[{"index":1,"token_ids":[1]}]}"#), News::Foreign);
         assert_eq!(judge(r#"{"choices":[],"usage":{}}"#), News::Foreign, "the answer isn't complete");
         assert_eq!(judge(r#"{"choices":[]}"#), News::Foreign);

@@ -19,7 +19,7 @@ use serde_json::{Value, json};
 use super::call::{Call, Shape};
 use super::upstream;
 use crate::Gateway;
-use crate::fleet::{Model, Replica};
+use crate::fleet::{Model, Replica, Work};
 use crate::json::Object;
 use crate::telemetry::Scored;
 
@@ -157,7 +157,7 @@ impl Question {
 
 async fn ask(replica: &Arc<Replica>, path: &str, body: Bytes, tokens: u64) -> Result<Value, Unscored> {
     // Its load is seen while it lasts; how it goes says nothing about the replica's health.
-    let _ticket = replica.ticket(tokens);
+    let _ticket = replica.ticket(Work { prompt: tokens, answer: 0 });
     let asked = upstream::ask(&replica.upstream, path, body, PATIENCE, MOST_REPLY).await;
     let (status, body) = asked.map_err(|_| Unscored::Failed)?;
     match status {

@@ -137,7 +137,7 @@ impl Stream {
                 }
             };
             let event = match next {
-                Next::Chunk(data) => match self.event(&data) {
+                Next::Chunk(chunk) => match self.event(&chunk) {
                     Some(event) => event,
                     None => continue,
                 },
@@ -146,6 +146,8 @@ impl Stream {
                     self.ended = true;
                     self.framed(b"data: [DONE]\n\n")
                 }
+                // A stream's client has what it was told.
+                Next::Anew => continue,
                 Next::Failed(refusal) => {
                     self.session.failed();
                     self.ended = true;
@@ -172,15 +174,13 @@ impl Stream {
     }
 
     /// A chunk as the client is to see it; none where it is to see nothing of it.
-    fn event(&mut self, data: &Bytes) -> Option<Bytes> {
+    fn event(&mut self, chunk: &Chunk) -> Option<Bytes> {
         let call: Arc<Call> = self.session.call.clone();
-        // Read before, so it is one.
-        let chunk = Chunk::read(std::str::from_utf8(data).ok()?).ok()?;
         if chunk.choice.is_none() && !call.include_usage {
             return None;
         }
         let classes = &self.session.progress.classes;
-        let last = chunk.choice.as_ref().is_none_or(|choice| choice.finish_reason.is_some());
+        let last = chunk.choice.is_none() || chunk.finish_reason().is_some();
         let crossed = (last && classes.len() > 1).then(|| {
             let classes = serde_json::to_string(classes).unwrap_or_default();
             format!("\"consort\":{{\"continued_across\":{classes}}}")
@@ -193,7 +193,7 @@ impl Stream {
             model: Some(model.literal.as_str()).filter(|model| chunk.model() != Some(*model)),
             extra: crossed.as_deref(),
         };
-        self.buffer.reserve(data.len() + 64);
+        self.buffer.reserve(chunk.len() + 64);
         self.buffer.put_slice(b"data: ");
         chunk.write(&mut self.buffer, &edit);
         self.buffer.put_slice(b"\n\n");

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use super::ASSUMED_TOKENS;
+use super::{ASSUMED_TOKENS, MOST_TOKENS};
 use crate::error::{Outcome, Refusal};
 use crate::json::{self, List, Malformed, Object};
 
@@ -144,7 +144,7 @@ impl Fields {
                     false
                 }
                 "max_tokens" | "max_completion_tokens" => {
-                    self.max_tokens = value.text.parse().unwrap_or(ASSUMED_TOKENS);
+                    self.max_tokens = value.text.parse().unwrap_or(ASSUMED_TOKENS).min(MOST_TOKENS);
                     false
                 }
                 "logprobs" => {

@@ -36,6 +36,9 @@ impl Shape {
 
 /// Tokens an answer is taken to need where the request sets no limit.
 const ASSUMED_TOKENS: u64 = 256;
+/// Tokens that one answer is taken to need at most: longer than any model's context, so that a number that somebody made
+/// up doesn't count as load.
+const MOST_TOKENS: u64 = 1 << 20;
 /// Bytes of JSON that make a token, about.
 const BYTES_PER_TOKEN: usize = 4;
 /// Answers of one request: more than any replica gives.
@@ -316,6 +319,8 @@ mod tests {
         let call = read(r#"{"stream":true,"stream_options":{"x":1,"include_usage":false}}"#).unwrap();
         assert_eq!(sent(&call, &[])["stream_options"], json!({"include_usage": true, "x": 1}));
         assert!(call.seed >= 0, "one is drawn");
+        let call = read(r#"{"max_tokens":18446744073709551615,"n":9}"#).unwrap();
+        assert_eq!(call.answer_tokens(), 9 << 20, "nobody's number is added up unchecked");
         assert_eq!(sent(&read("{}").unwrap(), &[])["stream"], true);
     }
 

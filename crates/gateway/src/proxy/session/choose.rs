@@ -1,7 +1,8 @@
 //! Which replica gets the request next, and the wait where none can.
 //!
 //! Draining, ejected and broken replicas are out, so are those that failed this request and, for an answer that has
-//! begun, those of another class. Among the rest, a known beginning of the prompt decides, then the lighter of two.
+//! begun, those of another class. Among the rest, the deployment's way of balancing
+//! decides: unless told otherwise a known beginning of the prompt, then the lighter of two.
 
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError};
@@ -13,8 +14,7 @@ use hyper::StatusCode;
 use super::{Permit, Session};
 use crate::error::Refusal;
 use crate::fleet::{self, Replica};
-use crate::policy::affinity::{Affinity, Home};
-use crate::policy::balance::{self, Candidate};
+use crate::policy::balance::{Balance, Candidate};
 use crate::proxy::random;
 
 impl Session {
@@ -45,6 +45,10 @@ impl Session {
                     self.gateway.registry.room.notify_waiters();
                 }
                 return Ok(replica);
+            }
+            if self.begin_anew() {
+                self.pause().await?;
+                continue;
             }
             if turn && !self.failed.is_empty() {
                 // None is left that hasn't failed this request: those that have get another turn, after a pause.
@@ -87,7 +91,7 @@ impl Session {
     fn enter(&self) -> Result<fleet::Place, Refusal> {
         let (key, weight) = &self.key;
         let bound = self.settings.replicas.max_pending;
-        let place = self.model.pending.enter(key, *weight, self.remaining_tokens(), bound);
+        let place = self.model.pending.enter(key, *weight, self.remaining().tokens(), bound);
         place.ok_or_else(|| full(&self.model.name))
     }
 
@@ -107,26 +111,6 @@ impl Session {
         };
         self.version = version;
         self.model = Arc::clone(model);
-        true
-    }
-
-    /// Gives a request that hasn't begun to another version, where its own is on trial and there is one; whether it did.
-    pub(super) fn leave_version(&mut self) -> bool {
-        if self.progress.begun() || !self.version().on_trial {
-            return false;
-        }
-        let others =
-            self.model.versions.iter().enumerate().filter(|(_, v)| !v.on_trial && !v.replicas.is_empty());
-        let Some((other, place)) = others.max_by_key(|(_, v)| v.weight) else { return false };
-        let place = self.place_of(place);
-        let left = self.version();
-        self.gateway.telemetry.diverted(&self.model.name, &left.name, &left.stats);
-        let _ = self.tally.diverted.set(place);
-        self.version = other;
-        self.failed.clear();
-        self.last_refusal = None;
-        // Another version's prefix cache holds other keys and values.
-        self.beginnings.clear();
         true
     }
 
@@ -152,8 +136,8 @@ impl Session {
         Ok(())
     }
 
-    pub(super) fn affinity(&self) -> std::sync::MutexGuard<'_, Affinity> {
-        self.version().affinity.lock().unwrap_or_else(PoisonError::into_inner)
+    pub(super) fn balance(&self) -> std::sync::MutexGuard<'_, Balance> {
+        self.version().balance.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(super) fn pick(&self) -> Option<Arc<Replica>> {
@@ -179,24 +163,19 @@ impl Session {
             if !same && version.numerics == Numerics::SameClass {
                 continue;
             }
-            let candidate = Candidate { tokens: replica.outstanding_tokens(), share: fitness.share };
+            let candidate = replica.candidate(fitness.share);
             // Another class, or one that said it is full, only where there is no better.
             let rank = (same, !fitness.degraded);
-            fit.push((rank, Home { id: replica.home, candidate }, replica));
+            fit.push((rank, candidate, replica));
         }
         let best = fit.iter().map(|(rank, ..)| *rank).max()?;
         fit.retain(|(rank, ..)| *rank == best);
-        let homes: Vec<Home> = fit.iter().map(|(_, home, _)| *home).collect();
-        let cost = self.remaining_tokens();
-        let near = if self.beginnings.is_empty() {
-            None
-        } else {
-            self.affinity().choose(&homes, &self.beginnings, cost)
-        };
-        let index = near.or_else(|| {
-            let candidates: Vec<Candidate> = homes.iter().map(|home| home.candidate).collect();
-            balance::pick(&candidates, cost, random())
-        })?;
+        if let [(_, _, only)] = fit.as_slice() {
+            return Some(Arc::clone(only));
+        }
+        let candidates: Vec<Candidate> = fit.iter().map(|(_, candidate, _)| *candidate).collect();
+        let (way, cost) = (self.settings.replicas.balancing, self.remaining().tokens());
+        let index = self.balance().choose(way, &candidates, &self.beginnings, cost, random())?;
         Some(Arc::clone(fit[index].2))
     }
 

@@ -12,6 +12,10 @@ use crate::fleet::{Replica, Went};
 use crate::proxy::attempt::{Failure, Refused};
 use crate::telemetry::Event;
 
+/// An answer goes on elsewhere so often. A replica that gives a token and breaks off, again and again, would otherwise
+/// keep a request busy for as long as it may take.
+const MOST_MOVES: u32 = 64;
+
 impl Session {
     /// Takes note of a failure; what the client is told where there is no other way.
     pub(in crate::proxy) fn note(
@@ -24,7 +28,7 @@ impl Session {
         let begun = self.progress.begun();
         let went = match &failure {
             Failure::Unreachable(_) => Went::Unreachable,
-            Failure::Broken(_) | Failure::Garbage | Failure::Silent | Failure::Error(_) => {
+            Failure::Broken(_) | Failure::Garbage | Failure::Silent | Failure::Slow | Failure::Error(_) => {
                 Went::Badly { lost: begun }
             }
             Failure::NotNow(refused) if refused.status == StatusCode::TOO_MANY_REQUESTS => {
@@ -75,6 +79,12 @@ impl Session {
             };
         }
         if begun {
+            self.moves += 1;
+            if self.moves > MOST_MOVES {
+                return Err(Refusal::unavailable(format!(
+                    "this answer broke off {MOST_MOVES} times, each time after a few tokens; try again"
+                )));
+            }
             self.moved = true;
             self.tally.resumes.fetch_add(1, Ordering::Relaxed);
             self.gateway.telemetry.count(Event::Resume);

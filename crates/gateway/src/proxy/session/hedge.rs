@@ -27,7 +27,7 @@ impl Session {
     async fn race(&mut self, first: &mut Attempt, due: Instant) -> Result<Sse, Failure> {
         tokio::select! {
             biased;
-            event = first.event(self.deadline) => return event,
+            event = first.event(self.patience()) => return event,
             () = tokio::time::sleep_until(due.into()) => self.hedged = true,
         }
         self.failed.push(first.ticket.replica.id.clone());
@@ -38,11 +38,11 @@ impl Session {
             .filter(|other| other.protocol == Protocol::Consort)
             .filter(|_| self.gateway.purse().take(&settings.hedging))
         else {
-            return first.event(self.deadline).await;
+            return first.event(self.patience()).await;
         };
         self.gateway.telemetry.count(Event::Hedge);
         let question = self.question(replica.protocol).map_err(|_| Failure::Deadline)?;
-        let deadline = self.deadline;
+        let deadline = self.patience();
         let second = async {
             let Ok(Reply::Stream(mut second)) =
                 Attempt::start(&replica, question, &settings.replicas, deadline).await

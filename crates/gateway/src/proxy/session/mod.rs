@@ -7,40 +7,37 @@
 mod choose;
 mod failures;
 mod hedge;
+mod leave;
 mod news;
+mod question;
+mod run;
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use bytes::Bytes;
-use consort_api::Protocol;
-use hyper::header::{HeaderMap, HeaderName, HeaderValue};
+use consort_api::deployment::Balancing;
+use hyper::header::{HeaderMap, HeaderValue};
 
-use failures::{broken, error_code};
-
-use super::attempt::{Attempt, Failure, Question, Refused, Reply};
+use super::attempt::{Attempt, Refused};
 use super::call::Call;
+use super::chunk::Chunk;
 use super::plain::PlainAnswer;
 use super::progress::Progress;
-use super::shadow;
-use super::sse::Event as Sse;
 use crate::Gateway;
 use crate::error::Refusal;
-use crate::fleet::{Model, Running, Version, Went};
+use crate::fleet::{Model, Running, Version};
 use crate::policy::affinity;
 use crate::settings::Settings;
 use crate::telemetry::{Place, Tally};
 
-/// The time a request has left, in milliseconds; replicas know it too.
-const TIMEOUT: HeaderName = HeaderName::from_static("x-request-timeout-ms");
-/// How often a replica is to give a sign of life on a stream.
-const KEEP_ALIVE: HeaderName = HeaderName::from_static("x-keep-alive-ms");
-
 /// What there is to tell the client next.
 pub(crate) enum Next {
-    /// A chunk that is news, as JSON text.
-    Chunk(Bytes),
+    /// A chunk that is news.
+    Chunk(Chunk),
+    /// What was told so far is void: the answer begins anew. Only for an answer that is told as a whole, of which its
+    /// client has nothing yet.
+    Anew,
     /// The answer is complete.
     Done,
     /// It can't be completed.
@@ -94,10 +91,17 @@ pub(crate) struct Session {
     /// A retry's place in the budget, until it has news.
     permit: Option<Permit>,
     arrived: Instant,
-    /// When the last try began, and when tokens last came.
+    /// When the last try began, how long it may take to bring news, and when news last came.
     began: Instant,
+    begin_by: Option<Instant>,
     news: Option<Instant>,
     moved: bool,
+    /// So often has it gone on elsewhere.
+    moves: u32,
+    /// It begins anew, and whoever collects it must know.
+    anew: bool,
+    /// A version on trial refused it; the one that is asked now says whether it was right.
+    doubted: Option<Place>,
     /// A second attempt was thought of.
     hedged: bool,
     running: Option<Running>,
@@ -119,7 +123,8 @@ impl Session {
     pub(crate) fn new(gateway: Arc<Gateway>, request: Request) -> Session {
         let Request { call, model, version, headers, deadline, key, tally } = request;
         let (now, settings) = (Instant::now(), gateway.settings());
-        let beginnings = if settings.replicas.affinity && model.versions[version].replicas.len() > 1 {
+        let near = settings.replicas.balancing == Balancing::Affinity;
+        let beginnings = if near && model.versions[version].replicas.len() > 1 {
             affinity::beginnings(call.prompt_text())
         } else {
             Vec::new()
@@ -144,8 +149,12 @@ impl Session {
             permit: None,
             arrived: now,
             began: now,
+            begin_by: None,
             news: None,
             moved: false,
+            moves: 0,
+            anew: false,
+            doubted: None,
             hedged: false,
             running: None,
             seed: None,
@@ -222,109 +231,6 @@ impl Session {
         self.tally.complete.store(true, Ordering::Relaxed);
     }
 
-    /// Finds a replica that takes the request.
-    ///
-    /// # Errors
-    /// Where none does.
-    pub(crate) async fn open(&mut self) -> Result<Opening, Refusal> {
-        loop {
-            let replica = self.choose().await?;
-            let question = self.question(replica.protocol)?;
-            self.tries += 1;
-            self.began = Instant::now();
-            if self.running.is_none() {
-                self.running = Some(self.model.pending.run());
-            }
-            if !self.beginnings.is_empty() {
-                self.affinity().note(&self.beginnings, replica.home);
-            }
-            let settings = &self.settings.replicas;
-            let failure = match Attempt::start(&replica, question, settings, self.deadline).await {
-                Ok(Reply::Stream(attempt)) => {
-                    if self.seed.is_none() {
-                        self.seed = attempt.headers.get("x-seed").cloned();
-                    }
-                    self.attempt = Some(attempt);
-                    return Ok(Opening::Stream);
-                }
-                Ok(Reply::Refused(refused)) if !self.progress.begun() => {
-                    replica.went(Instant::now(), Went::Well, true);
-                    return Ok(Opening::Refused(refused));
-                }
-                // It refuses to go on with what another began: this request is nothing for it.
-                Ok(Reply::Refused(refused)) => Failure::Error(refused),
-                Ok(Reply::Plain(plain)) => match plain.open(self.call.stream, self.deadline).await {
-                    Ok(answer) => {
-                        answer.count(&self.tally);
-                        return Ok(Opening::Plain(Box::new(answer)));
-                    }
-                    Err(failure) => failure,
-                },
-                Err(failure) => failure,
-            };
-            if let Some(refused) = self.note(&replica, failure)? {
-                return Ok(Opening::Refused(refused));
-            }
-        }
-    }
-
-    /// What there is to tell next.
-    pub(crate) async fn next(&mut self) -> Next {
-        loop {
-            let Some(attempt) = &mut self.attempt else {
-                match self.open().await {
-                    Ok(Opening::Stream) => continue,
-                    Ok(Opening::Refused(refused)) => return Next::Failed(broken(&refused)),
-                    Ok(Opening::Plain(_)) => {
-                        return Next::Failed(Refusal::unavailable("no replica goes on with it"));
-                    }
-                    Err(refusal) => return Next::Failed(refusal),
-                }
-            };
-            let hedging = &self.settings.hedging;
-            let event = if hedging.enabled && self.news.is_none() && !self.hedged {
-                self.first_event().await
-            } else {
-                attempt.event(self.deadline).await
-            };
-            let failure = match event {
-                Ok(Sse::Data { error: false, data }) => match self.chunk(&data) {
-                    Ok(true) => return Next::Chunk(data),
-                    Ok(false) => continue,
-                    Err(failure) => failure,
-                },
-                Ok(Sse::Data { error: true, data }) => match error_code(&data).as_deref() {
-                    Some("handed_over") => Failure::HandedOver,
-                    Some("deadline_exceeded") => Failure::Deadline,
-                    _ => Failure::Broken("it ended the stream with an error".to_owned()),
-                },
-                Ok(Sse::Done) if self.progress.complete() => {
-                    if let Some(mut attempt) = self.attempt.take() {
-                        attempt.ticket.replica.went(Instant::now(), Went::Well, true);
-                        attempt.ticket.settled = true;
-                        let (call, said) = (&self.call, self.progress.emitted().next().unwrap_or_default());
-                        let replica = &attempt.ticket.replica;
-                        shadow::consider(&self.gateway, &self.model, self.version, call, said, replica);
-                        attempt.finish().await;
-                    }
-                    self.running = None;
-                    return Next::Done;
-                }
-                Ok(Sse::Done | Sse::Comment) => Failure::Garbage,
-                Err(failure) => failure,
-            };
-            let Some(mut attempt) = self.attempt.take() else { continue };
-            attempt.ticket.settled = true;
-            let replica = attempt.ticket.replica.clone();
-            drop(attempt);
-            match self.note(&replica, failure) {
-                Ok(Some(refused)) => return Next::Failed(broken(&refused)),
-                Ok(None) => {}
-                Err(refusal) => return Next::Failed(refusal),
-            }
-        }
-    }
-
     /// When its time is up.
     pub(crate) fn deadline(&self) -> Instant {
         self.deadline
@@ -333,46 +239,5 @@ impl Session {
     /// What the request comes to.
     pub(crate) fn tally(&self) -> &Tally {
         &self.tally
-    }
-
-    fn question_headers(&self, protocol: Protocol) -> Result<HeaderMap, Refusal> {
-        let left = self.deadline.saturating_duration_since(Instant::now());
-        if left < Duration::from_millis(1) {
-            return Err(Refusal::deadline());
-        }
-        let mut headers = self.headers.clone();
-        if protocol == Protocol::Consort {
-            let ms = |time: Duration| HeaderValue::from(u64::try_from(time.as_millis()).unwrap_or(u64::MAX));
-            headers.insert(TIMEOUT, ms(left));
-            // Two of three signs of life may be late before silence is a hang.
-            headers.insert(KEEP_ALIVE, ms(self.settings.replicas.silence_timeout / 3));
-        }
-        Ok(headers)
-    }
-
-    /// What a replica is asked.
-    fn question(&self, protocol: Protocol) -> Result<Question, Refusal> {
-        Ok(Question {
-            path: self.call.shape.path(),
-            headers: self.question_headers(protocol)?,
-            body: match protocol {
-                Protocol::Consort => self.body(),
-                Protocol::OpenAi => self.call.plain_body(&self.model.name, &self.model.literal),
-            },
-            tokens: self.remaining_tokens(),
-        })
-    }
-
-    fn body(&self) -> Bytes {
-        if self.progress.resumes() {
-            self.call.upstream_body(self.progress.emitted())
-        } else {
-            self.call.upstream_body(std::iter::empty())
-        }
-    }
-
-    /// Tokens yet to be computed, about: what was said is read again.
-    fn remaining_tokens(&self) -> u64 {
-        self.call.prompt_tokens() + self.call.answer_tokens().saturating_sub(self.progress.tokens)
     }
 }

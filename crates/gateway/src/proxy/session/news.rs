@@ -13,11 +13,10 @@ use crate::proxy::chunk::Chunk;
 use crate::proxy::progress::News;
 
 impl Session {
-    /// Judges a chunk; true where it is news.
-    pub(super) fn chunk(&mut self, data: &Bytes) -> Result<bool, Failure> {
-        let text = std::str::from_utf8(data).map_err(|_| Failure::Garbage)?;
-        let chunk = Chunk::read(text).map_err(|_| Failure::Garbage)?;
-        if let Some(class) = chunk.fingerprint {
+    /// Judges a chunk; returns it where it is news.
+    pub(super) fn chunk(&mut self, data: Bytes) -> Result<Option<Chunk>, Failure> {
+        let chunk = Chunk::read(data).map_err(|_| Failure::Garbage)?;
+        if let Some(class) = chunk.fingerprint() {
             let known = self.progress.classes.last();
             if known.is_some_and(|known| known != class) && self.version().numerics == Numerics::SameClass {
                 return Err(Failure::OtherClass);
@@ -28,7 +27,7 @@ impl Session {
         }
         let before = self.progress.tokens;
         let news = self.progress.judge(&chunk);
-        if let Some(usage) = chunk.usage
+        if let Some(usage) = chunk.usage()
             && let Ok(usage) = serde_json::from_str::<Usage>(usage)
         {
             self.tally.prompt_tokens.store(usage.prompt_tokens as u64, Ordering::Relaxed);
@@ -40,9 +39,9 @@ impl Session {
                 if count > 0 {
                     self.note_news(count);
                 }
-                Ok(true)
+                Ok(Some(chunk))
             }
-            News::Known => Ok(false),
+            News::Known => Ok(None),
             News::Foreign => Err(Failure::Garbage),
         }
     }
@@ -53,6 +52,7 @@ impl Session {
         self.passed(count, attempt.as_mut().map(|attempt| &mut attempt.ticket));
         self.attempt = attempt;
         self.tries = 0;
+        self.begin_by = None;
         self.failed.clear();
         self.permit = None;
     }
