@@ -187,12 +187,16 @@ fn load(seed: u64, salt: u64, seconds: u64, rate: f64) -> Vec<Conversation> {
         if at > seconds as f64 {
             return conversations;
         }
-        let talks = random.next() % 3 != 0;
+        let talks = !random.next().is_multiple_of(3);
         let system = talks.then(|| systems[(random.next() >> 33) as usize % systems.len()].clone());
         let turns = (0..if talks { random.between(1, 4) } else { 1 })
             .map(|_| Turn {
                 says: text(if talks { random.between(8, 40) } else { random.between(20, 150) }),
-                tokens: if random.next() % 4 == 0 { random.between(80, 200) } else { random.between(8, 40) },
+                tokens: if random.next().is_multiple_of(4) {
+                    random.between(80, 200)
+                } else {
+                    random.between(8, 40)
+                },
                 pause: Duration::from_millis(random.between(200, 2000)),
             })
             .collect();

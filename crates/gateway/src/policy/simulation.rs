@@ -379,7 +379,6 @@ fn balancing_is_better_than_turns_and_least_requests_as_the_table_says() {
 /// `cargo test -p consort-gateway --release setting -- --ignored --nocapture`
 #[test]
 #[ignore = "prints, and holds nothing"]
-#[expect(clippy::print_stdout, reason = "it is there to be read")]
 fn setting() {
     println!("{}", table(&LOADS.map(|(name, gap)| (name, rows(SETTING_SEEDS, gap)))));
 }

@@ -83,7 +83,9 @@ impl Chunk {
                     usage = present(cursor)?;
                     usage_member = Some(with_comma(text, start..cursor.at()));
                 }
-                _ => drop(cursor.skip()?),
+                _ => {
+                    cursor.skip()?;
+                }
             }
             Ok(())
         })?;
@@ -186,7 +188,9 @@ impl Choice {
                 "finish_reason" => choice.finish_reason = present(cursor)?,
                 "delta" | "text" => choice.content = Some(cursor.skip()?),
                 "logprobs" => choice.logprobs = present(cursor)?,
-                _ => drop(cursor.skip()?),
+                _ => {
+                    cursor.skip()?;
+                }
             }
             Ok(())
         })?;
