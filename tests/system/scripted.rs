@@ -110,7 +110,7 @@ fn answer(mut client: &TcpStream, candidate: Candidate) -> Option<()> {
         Candidate::Refuses => whole(client, 400, &error("invalid_request_error")),
         Candidate::Hangs => {
             // Until whoever asked gives up.
-            client.read(&mut [0; 1]).ok()?;
+            client.read_exact(&mut [0; 1]).ok()?;
             None
         }
         Candidate::Dawdles => {
