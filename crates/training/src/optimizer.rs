@@ -106,6 +106,16 @@ impl Optimizer {
         Ok(Optimizer { config, steps: 0, state: state.collect::<Result<_, _>>()? })
     }
 
+    /// Adds a buffer of zeros behind those of the optimizer's kind, for what a job remembers besides: it is kept, loaded
+    /// and handed to newcomers with the others. Says where it is.
+    ///
+    /// # Errors
+    /// [`Error::Tensor`] where memory is refused.
+    pub(crate) fn remember(&mut self, layout: &Layout) -> Result<usize, Error> {
+        self.state.push(Buffer::zeroed(layout.len())?);
+        Ok(self.state.len() - 1)
+    }
+
     /// Its constants.
     pub fn config(&self) -> OptimizerConfig {
         self.config
@@ -148,7 +158,10 @@ impl Optimizer {
                     &gradients.buckets[index][range.start - bucket.start..range.end - bucket.start];
                 let values = &mut weights[range.clone()];
                 match (self.config, &mut self.state[..]) {
-                    (OptimizerConfig::AdamW { beta1, beta2, epsilon, weight_decay }, [mean, mean_square]) => {
+                    (
+                        OptimizerConfig::AdamW { beta1, beta2, epsilon, weight_decay },
+                        [mean, mean_square, ..],
+                    ) => {
                         let adam = AdamW {
                             learning_rate,
                             beta1,

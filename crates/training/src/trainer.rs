@@ -9,6 +9,7 @@ use consort_model::train::{Arena, Decoder, Gradients, Layout, Loss, MicroBatch, 
 use consort_tensor::Pool;
 use consort_tensor::buffer::Buffer;
 use consort_tensor::train::clear;
+use consort_tensor::train::optimizer::Sgd;
 
 use crate::optimizer::norm;
 use crate::{Error, Optimizer, OptimizerConfig, Schedule};
@@ -234,6 +235,29 @@ impl Trainer {
         }
         let shorten = self.clip_norm.map_or(1.0, |clip| (clip / norm).min(1.0));
         Ok((shorten / loss.weight, norm))
+    }
+
+    /// Fills the gradients with how far the weights have come from `anchor`, times `weight`.
+    pub(crate) fn drift(&mut self, anchor: &[f32], weight: f32) {
+        for (values, range) in self.gradients.buckets.iter_mut().zip(self.decoder.layout().buckets()) {
+            let pairs = anchor[range.clone()].iter().zip(&self.weights[range.clone()]);
+            for (value, (anchor, own)) in values.iter_mut().zip(pairs) {
+                *value = (anchor - own) * weight;
+            }
+        }
+    }
+
+    /// Moves the weights from `anchor` against the gradients by `sgd`, whose velocity is the optimizer's buffer `velocity`,
+    /// and makes the gradients 0.
+    pub(crate) fn outer_step(&mut self, anchor: &[f32], sgd: Sgd, velocity: usize) {
+        let Trainer { pool, decoder, optimizer, weights, gradients, .. } = self;
+        weights.copy_from_slice(anchor);
+        let (_, state) = optimizer.state_mut();
+        for (gradient, range) in gradients.buckets.iter().zip(decoder.layout().buckets()) {
+            let velocity = &mut state[velocity][range.clone()];
+            sgd.update(pool, &mut weights[range.clone()], gradient, velocity);
+        }
+        gradients.clear(pool);
     }
 
     /// The loss of a batch under the weights as they are, without dropout and without learning from it.

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use consort_base::Philox;
 use consort_collectives::TransportKind;
-use consort_training::parallel::{Control, Event, Finished, Membership, Plan, Reason, Worker, seen};
+use consort_training::parallel::{Control, Event, Finished, Membership, Outer, Plan, Reason, Worker, seen};
 use parallel_support::process::{self, Orders, Process};
 use parallel_support::{PATTERNS, model, plan, store, trainer};
 
@@ -113,6 +113,27 @@ fn stopped_workers_change_nothing() {
     }
 }
 
+/// Where sums depend on who computed them there is nothing to compare with, but survivors have the same weights and every
+/// sample is seen once: with a step's exchange, and with rounds of local steps.
+#[test]
+fn inexact_survivors_agree_and_lose_no_sample() {
+    for (seed, outer) in [(1, None), (2, Some(Outer { every: 4, ..Outer::default() })), (3, None)] {
+        let name = format!("seed {seed}: {outer:?}");
+        let mut random = Philox::new(seed, 80);
+        let store = store(3);
+        let mut orders = orders(&store, if seed == 3 { TCP } else { SHM }, 37);
+        (orders.plan.exact, orders.plan.outer) = (false, outer);
+        let mut all: Vec<Process> = (0..3).map(|_| Process::start(&orders)).collect();
+        let (victim, at) = ((random.next_u64() % 3) as usize, random.next_u64() % 24);
+        assert!(all[victim].wait(|event| is_step(event, at)).is_some(), "{name}");
+        std::thread::sleep(Duration::from_micros(random.next_u64() % 9000));
+        all.remove(victim).signal("-KILL");
+        let ends: Vec<Option<Finished>> = all.iter_mut().map(Process::end).collect();
+        assert!(ends[0].is_some() && ends[0] == ends[1], "{name}: {ends:?}");
+        assert_eq!(count(all.iter(), &name), expected(16 * 37), "{name}");
+    }
+}
+
 /// All but one are killed, one after the other, while another one comes now and then.
 #[test]
 fn down_to_one_worker_and_up_again() {
@@ -154,7 +175,7 @@ fn a_paused_worker_is_fenced_and_comes_back_as_new() {
         let victim = (random.next_u64() % 3) as usize;
         let other = (victim + 1) % 3;
         let store = store(3);
-        let orders = Orders { pause_us: 4000, ..orders(&store, kind, 222) };
+        let orders = Orders { pause_us: 4000, ..orders(&store, kind, 111) };
         let mut all: Vec<Process> = (0..3).map(|_| Process::start(&orders)).collect();
         let at = 5 + random.next_u64() % 10;
         assert!(all[victim].wait(|event| is_step(event, at)).is_some(), "{name}");
@@ -169,7 +190,7 @@ fn a_paused_worker_is_fenced_and_comes_back_as_new() {
         for worker in &mut all {
             assert_eq!(worker.end().as_ref(), Some(&want), "{name}: {:?}", worker.failed);
         }
-        assert_eq!(count(all.iter(), &name), expected(16 * 222), "{name}");
+        assert_eq!(count(all.iter(), &name), expected(16 * 111), "{name}");
         let fenced = all[victim].events.iter().any(|event| matches!(event, Event::Lost { .. }));
         assert!(fenced, "{name}");
     }
@@ -204,7 +225,8 @@ fn a_job_goes_on_from_its_checkpoint_on_another_number_of_workers() {
                 matches!(begun, Some(Event::Started { rank: 0, .. }))
             };
             let lead = all.iter_mut().map(|worker| leads(worker).then_some(worker)).find_map(|lead| lead);
-            assert!(lead.unwrap().wait(complete).is_some());
+            let lead = lead.unwrap();
+            assert!(lead.wait(complete).is_some(), "{workers}: {:?} {:?}", lead.failed, lead.events.last());
         }
     }
 }

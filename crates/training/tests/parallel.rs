@@ -5,7 +5,9 @@
 mod parallel_support;
 
 use consort_collectives::{Algorithm, TransportKind};
-use consort_training::parallel::{Control, Event, Finished, Membership, Plan, Reason, Samples, Worker, seen};
+use consort_training::parallel::{
+    Control, Event, Finished, Membership, Outer, Plan, Reason, Samples, Wire, Worker, seen,
+};
 use parallel_support::{PATTERNS, model, options, plan, store, trainer};
 
 fn run(plan: &Plan, dropout: f32, membership: Membership) -> (Finished, Vec<Event>) {
@@ -152,4 +154,49 @@ fn a_worker_of_another_job_is_told_where_it_differs() {
     assert!(error.contains("worker 0 has seed = 1"), "{error}");
     assert_eq!(good.unwrap().steps, 12);
     assert!(PATTERNS.count() == 37);
+}
+
+/// The mean loss of the last steps, on every worker the same.
+fn end_loss(all: &[(Finished, Vec<Event>)]) -> f64 {
+    assert!(all.iter().all(|(finished, _)| *finished == all[0].0), "all workers end with the same weights");
+    let losses: Vec<f64> = losses(&all[0].1).into_iter().map(f64::from_bits).collect();
+    losses[losses.len() - 4..].iter().sum::<f64>() / 4.0
+}
+
+#[test]
+fn rounded_gradients_learn_as_well_and_workers_agree() {
+    let plan = Plan { exact: false, steps: 40, ..plan() };
+    let plain = end_loss(&together(&plan, 0.0, 3, TransportKind::SharedMemory));
+    let (_, alone) = run(&Plan { exact: true, ..plan.clone() }, 0.0, Membership::Alone);
+    let first = f64::from_bits(losses(&alone)[0]);
+    assert!(plain < 0.8 * first, "{first} to {plain}");
+    for (wire, kind, tolerance) in [
+        (Wire::Bf16, TransportKind::SharedMemory, 0.02),
+        (Wire::Int8, TransportKind::Tcp, 0.05),
+        (Wire::Int8, TransportKind::SharedMemory, 0.05),
+    ] {
+        for workers in [2, 3, 4] {
+            let loss = end_loss(&together(&Plan { wire, ..plan.clone() }, 0.0, workers, kind));
+            assert!((loss - plain).abs() < tolerance * first, "{wire:?}: {loss}, f32 {plain}");
+        }
+    }
+}
+
+#[test]
+fn local_steps_with_an_outer_optimizer_learn_and_see_every_sample_once() {
+    let outer = Outer { every: 5, learning_rate: 0.7, momentum: 0.6 };
+    let plan = Plan { exact: false, outer: Some(outer), steps: 37, ..plan() };
+    let (alone, events) = run(&plan, 0.0, Membership::Alone);
+    assert_eq!((alone.steps, losses(&events).len()), (37, 37));
+    let expected = (0..37).map(seen).fold(0u64, u64::wrapping_add).wrapping_mul(16);
+    for workers in [2, 3] {
+        let all = together(&plan, 0.0, workers, TransportKind::SharedMemory);
+        let (first, last) = (f64::from_bits(losses(&events)[0]), end_loss(&all));
+        assert!(last < 0.8 * first, "{workers} workers: {first} to {last}");
+        let sum = all[0].1.iter().fold((0, 0u64), |(samples, sum), event| match event {
+            Event::Step(step) => (samples + step.samples, sum.wrapping_add(step.seen)),
+            _ => (samples, sum),
+        });
+        assert_eq!(sum, (16 * 37, expected));
+    }
 }

@@ -88,6 +88,8 @@ pub struct StepEvent {
     pub waited_us: u64,
     /// Of the time that buckets were on their way, what was behind computing.
     pub overlapped_us: u64,
+    /// What copying the last checkpoint's share took before this step began, in microseconds; 0 where there was none.
+    pub saved_us: u64,
     /// When each bucket was on its way.
     pub spans: Vec<Span>,
     /// Each worker's own computing time, in microseconds.

@@ -25,27 +25,31 @@
 //! Parts, each without knowledge of the next one up:
 //!
 //! - `tail`: what every worker must know at a step's end, in one short reduction;
-//! - `reduce`: one bucket's gradients, from one worker's to everybody's;
+//! - `reduce`: one bucket's gradients, from one worker's to everybody's; `wire`: the same in fewer bits;
 //! - `link`: the thread that owns the group and keeps it standing while the worker computes;
 //! - `state`: who has the newest state after members changed, and how the others get it;
-//! - `step`: one step; `saving`: checkpoints of members that change;
+//! - `step`: one step, whose `buckets` are reduced while backward goes on; `outer`: a round of local steps;
+//! - `saving`: checkpoints of members that change;
 //! - `worker`: the loop over all that. [`Board`] says what a worker is doing right now.
 //!
 //! The coordinator (who is in which epoch) is [`consort_collectives::rendezvous`], a pure state machine that the store
 //! drives; one that outlives the launcher would drive the same machine.
 
 mod board;
+mod buckets;
 mod event;
 mod link;
+mod outer;
 mod plan;
 mod reduce;
 mod saving;
 mod state;
 mod step;
 mod tail;
+mod wire;
 mod worker;
 
 pub use board::{Activity, Board, Status, Talking};
 pub use event::{Control, Event, Span, StepEvent, seen};
-pub use plan::{Outer, Plan, Wire};
+pub use plan::{HOST_SETTLE, HOST_SILENCE, Outer, Plan, Wire};
 pub use worker::{Finished, Membership, Reason, Resumed, Samples, Worker};

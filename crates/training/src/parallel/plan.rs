@@ -1,12 +1,20 @@
 //! What a job computes, whoever computes it.
 
 use std::ops::Range;
+use std::time::Duration;
 
 use consort_collectives::Algorithm;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
 use crate::Error;
+
+/// How long workers of one host should be silent before they are taken for lost (`JoinOptions::silence`): heartbeats come
+/// five times as often. With [`HOST_SETTLE`] a worker that is stopped costs the others less than a second.
+pub const HOST_SILENCE: Duration = Duration::from_millis(400);
+/// How long the store should wait on one host for a worker that is connected and doesn't come to the next epoch
+/// (`StoreOptions::settle`).
+pub const HOST_SETTLE: Duration = Duration::from_millis(250);
 
 /// How gradients travel where sums need not be exact.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -122,6 +130,10 @@ impl Plan {
             }
             if outer.every == 0 {
                 return wrong("outer.every", "0".into(), "a count of steps from 1 on");
+            }
+            if outer.every.saturating_mul(self.micro_batches as u64) > 1 << 20 {
+                let expected = "fewer: a round has at most 1048576 micro-batches";
+                return wrong("outer.every", outer.every.to_string(), expected);
             }
             if !(outer.learning_rate.is_finite() && outer.learning_rate > 0.0) {
                 return wrong("outer.learning_rate", outer.learning_rate.to_string(), "a number above 0");

@@ -12,6 +12,8 @@ use consort_tensor::buffer::Buffer;
 use consort_tensor::train::exact::Grid;
 use consort_tensor::{Cpu, Pool};
 
+use super::wire::Feedback;
+
 /// Values of a segment.
 const SEGMENT: usize = 1 << 18;
 
@@ -21,6 +23,8 @@ pub(super) struct Reduced {
     pub(super) values: Buffer<f32>,
     /// The integers, to be used again; of no meaning now.
     pub(super) sums: Option<Buffer<i64>>,
+    /// What rounding took away, where something is rounded.
+    pub(super) feedback: Feedback,
     pub(super) start: Instant,
     pub(super) end: Instant,
 }

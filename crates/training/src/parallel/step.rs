@@ -7,19 +7,21 @@
 
 use std::time::Instant;
 
+use consort_collectives::ReduceOp;
 use consort_model::train::{Loss, MicroBatch};
 use consort_tensor::buffer::Buffer;
-use consort_tensor::train::clear;
 use consort_tensor::train::exact::Grid;
-use consort_tensor::{Cpu, Pool};
 
 use super::board::{Activity, Board};
+use super::buckets::{Buckets, Sent, Way};
 use super::event::{Span, StepEvent, seen};
-use super::link::{Link, Pending, Standing};
+use super::link::{Link, Standing};
+use super::outer::Anchor;
 use super::plan::Plan;
-use super::reduce::{self, Reduced};
+use super::reduce::Reduced;
 use super::state::State;
 use super::tail::{Done, STOP, STORE_LOST, Tail, Word};
+use super::wire::Feedback;
 use super::worker::{Fail, Samples};
 use crate::data::Order;
 use crate::{Error, Trainer};
@@ -36,7 +38,8 @@ pub(super) enum Outcome {
 }
 
 pub(super) struct Committed {
-    pub(super) event: StepEvent,
+    /// Of each step that was taken: one, or a round of local ones.
+    pub(super) events: Vec<StepEvent>,
     /// Somebody asked for a stop.
     pub(super) stop: bool,
     pub(super) newcomers: usize,
@@ -44,80 +47,33 @@ pub(super) struct Committed {
     pub(super) store_lost: bool,
 }
 
+impl Committed {
+    pub(super) fn new(events: Vec<StepEvent>, tail: &Tail) -> Committed {
+        Committed {
+            events,
+            stop: tail.workers().any(|word| word.flags & STOP != 0),
+            newcomers: tail.workers().map(|word| word.newcomers as usize).sum(),
+            store_lost: tail.workers().any(|word| word.flags & STORE_LOST != 0),
+        }
+    }
+}
+
 /// What steps share.
 pub(super) struct Stepper<'a> {
-    plan: Plan,
+    pub(super) plan: Plan,
     data: &'a dyn Samples,
     order: Order,
     /// A buffer of sums for each bucket; gone while it is on its way.
     sums: Vec<Option<Buffer<i64>>>,
-}
-
-/// One step's work on gradients, as buckets are completed.
-struct Buckets<'s> {
-    sums: &'s mut [Option<Buffer<i64>>],
-    grids: &'s [Grid],
-    /// What stands in for a bucket that is on its way.
-    empty: Vec<Buffer<f32>>,
-    largest: Vec<f32>,
-    sent: Vec<(usize, Instant, Pending<Reduced>)>,
-    way: Option<Way<'s>>,
-    exact: bool,
-}
-
-/// The way to the others.
-#[derive(Clone, Copy)]
-struct Way<'s> {
-    link: &'s Link,
-    epoch: u64,
-    step: u64,
-    plan: &'s Plan,
-    cpu: Cpu,
-}
-
-impl Buckets<'_> {
-    /// A micro-batch's gradients of a bucket are complete.
-    fn completed(&mut self, pool: &Pool, bucket: usize, values: &mut Buffer<f32>, first: bool, last: bool) {
-        if self.exact
-            && let Some(sums) = &mut self.sums[bucket]
-        {
-            let grid = self.grids[bucket];
-            let most = if first { grid.set(pool, values, sums) } else { grid.add(pool, values, sums) };
-            // Magnitudes order as their bits do, and NaN comes last.
-            self.largest[bucket] = f32::from_bits(self.largest[bucket].to_bits().max(most.to_bits()));
-            match (last, self.way.is_some()) {
-                (false, _) => clear(pool, values),
-                (true, false) => grid.read(pool, sums, values),
-                (true, true) => {}
-            }
-        }
-        if last {
-            self.send(bucket, values);
-        }
-    }
-
-    fn send(&mut self, bucket: usize, values: &mut Buffer<f32>) {
-        let (Some(way), Some(empty)) = (self.way, self.empty.pop()) else { return };
-        let ready = Instant::now();
-        let mut values = std::mem::replace(values, empty);
-        let mut sums = self.sums[bucket].take();
-        let (grid, algorithm, cpu) = (self.grids[bucket], way.plan.algorithm, way.cpu);
-        let what = format!("bucket {bucket} of step {}", way.step);
-        let pending = way.link.start(way.epoch, what, move |group| {
-            let start = Instant::now();
-            match &mut sums {
-                Some(sums) => reduce::exact(group, algorithm, cpu, grid, sums, &mut values)?,
-                None => group.all_reduce(&mut values, consort_collectives::ReduceOp::Sum)?,
-            }
-            Ok(Reduced { bucket, values, sums, start, end: Instant::now() })
-        });
-        self.sent.push((bucket, ready, pending));
-    }
+    /// What rounding took away of each bucket; forgotten where a step fails, as the step is then done again whole.
+    pub(super) feedback: Vec<Feedback>,
+    /// What a round of local steps began with.
+    pub(super) anchor: Option<Anchor>,
 }
 
 impl<'a> Stepper<'a> {
     pub(super) fn new(plan: Plan, data: &'a dyn Samples, order: Order) -> Stepper<'a> {
-        Stepper { plan, data, order, sums: Vec::new() }
+        Stepper { plan, data, order, sums: Vec::new(), feedback: Vec::new(), anchor: None }
     }
 
     /// A micro-batch's samples.
@@ -135,11 +91,57 @@ impl<'a> Stepper<'a> {
     /// Sums for every bucket: those of a step that failed may be gone.
     fn prepare(&mut self, trainer: &Trainer) -> Result<(), Error> {
         let buckets = trainer.decoder().layout().buckets();
+        self.feedback.resize_with(buckets.len(), Feedback::default);
+        if !self.plan.exact {
+            return Ok(());
+        }
         self.sums.resize_with(buckets.len(), || None);
         for (sums, range) in self.sums.iter_mut().zip(buckets).filter(|(sums, _)| sums.is_none()) {
             *sums = Some(Buffer::zeroed(range.len())?);
         }
         Ok(())
+    }
+
+    /// Forgets what the last step left behind: it is done again.
+    pub(super) fn forget(&mut self, trainer: &mut Trainer) {
+        self.feedback.clear();
+        if let Some(anchor) = &self.anchor {
+            anchor.restore(trainer);
+        }
+    }
+
+    /// What a step's buckets go through.
+    pub(super) fn buckets<'s>(
+        &'s mut self,
+        trainer: &Trainer,
+        state: &'s State,
+        link: Option<&'s Link>,
+        epoch: u64,
+    ) -> Result<Buckets<'s>, Error> {
+        self.prepare(trainer)?;
+        let count = trainer.decoder().layout().buckets().len();
+        let empty: Result<Vec<_>, _> = (0..count).map(|_| Buffer::zeroed(0)).collect();
+        let (plan, cpu, step) = (&self.plan, trainer.pool().cpu(), state.step);
+        Ok(Buckets {
+            sums: &mut self.sums,
+            feedback: &mut self.feedback,
+            grids: &state.grids,
+            empty: empty?,
+            largest: vec![0.0; count],
+            sent: Vec::with_capacity(count),
+            way: link.map(|link| Way { link, epoch, step, plan, cpu }),
+            exact: plan.exact,
+        })
+    }
+
+    /// This worker's micro-batches of a step, but those without samples.
+    pub(super) fn own(&self, step: u64, standing: Standing) -> Vec<(usize, MicroBatch, Done)> {
+        let share = self.plan.share(standing.rank, standing.workers);
+        let all = share.map(|m| {
+            let (batch, done) = self.batch(step, m);
+            (m, batch, done)
+        });
+        all.filter(|(.., done)| done.samples > 0).collect()
     }
 
     /// The next step, with the others of `standing` or alone.
@@ -155,39 +157,19 @@ impl<'a> Stepper<'a> {
         let begun = Instant::now();
         let Standing { epoch, rank, workers } = standing;
         let step = state.step;
-        if self.plan.exact {
-            self.prepare(trainer)?;
-        }
-        let own: Vec<(usize, MicroBatch, Done)> = self
-            .plan
-            .share(rank, workers)
-            .map(|m| {
-                let (batch, done) = self.batch(step, m);
-                (m, batch, done)
-            })
-            .filter(|(.., done)| done.samples > 0)
-            .collect();
+        let own = self.own(step, standing);
         let buckets = trainer.decoder().layout().buckets().len();
         let mut tail = Tail::new(self.plan.micro_batches, buckets, workers);
         let computed = own.iter().filter(|(_, batch, _)| batch.rows() > 0).count();
-        let empty: Result<Vec<_>, _> = (0..buckets).map(|_| Buffer::zeroed(0)).collect();
-        let cpu = trainer.pool().cpu();
-        let mut work = Buckets {
-            sums: &mut self.sums,
-            grids: &state.grids,
-            empty: empty.map_err(Error::from)?,
-            largest: vec![0.0; buckets],
-            sent: Vec::with_capacity(buckets),
-            way: link.map(|link| Way { link, epoch, step, plan: &self.plan, cpu }),
-            exact: self.plan.exact,
-        };
+        let micro_batches = self.plan.micro_batches as u64;
+        let mut work = self.buckets(trainer, state, link, epoch)?;
         let mut number = 0;
         for (m, batch, mut done) in own {
             if batch.rows() > 0 {
                 board.doing(step, Activity::Computing { micro_batch: m });
                 number += 1;
                 let (first, last) = (number == 1, number == computed);
-                let global = step * self.plan.micro_batches as u64 + m as u64;
+                let global = step * micro_batches + m as u64;
                 done.loss = trainer.accumulate_with(&batch, global, &mut |pool, bucket, values| {
                     work.completed(pool, bucket, values, first, last);
                 })?;
@@ -218,33 +200,24 @@ impl<'a> Stepper<'a> {
             None => (tail, Vec::new()),
         };
         let waited = ready.elapsed();
-        let (loss, done) = self.judge(step, &tail)?;
+        let (loss, done) = self.judge(step, &tail, 0)?;
         if self.plan.exact && self.other_grids(state, &tail, loss)? {
             trainer.discard()?;
             return Ok(Outcome::Redo);
         }
         board.doing(step, Activity::Applying);
-        let learning_rate_step = trainer.steps();
         let (mut norm, mut rate) = (0.0, 0.0);
         if loss.weight > 0.0 {
             let report = trainer.apply(loss)?;
             (norm, rate) = (report.gradient_norm, report.learning_rate);
         } else {
-            tracing::warn!(step, learning_rate_step, "no row of this step has a weight: nothing is learned");
+            tracing::warn!(step, "no row of this step has a weight: nothing is learned");
             trainer.discard()?;
         }
         state.check = norm.to_bits() as i64;
         state.advance((!self.plan.exact).then_some(epoch));
         let us = |moment: Instant| moment.saturating_duration_since(begun).as_micros() as u64;
-        let layout = trainer.decoder().layout();
-        let spans = reduced.iter().map(|(r, sent)| Span {
-            bucket: r.bucket,
-            values: layout.buckets()[r.bucket].len(),
-            ready_us: us(*sent),
-            start_us: us(r.start),
-            end_us: us(r.end),
-        });
-        let overlapped: u128 = reduced.iter().map(|(r, _)| r.before(ready).as_micros()).sum();
+        let (spans, overlapped_us) = spans(trainer, &reduced, begun, ready);
         let event = StepEvent {
             step,
             loss: loss.mean(),
@@ -259,27 +232,22 @@ impl<'a> Stepper<'a> {
             took_us: begun.elapsed().as_micros() as u64,
             computed_us: us(ready),
             waited_us: waited.as_micros() as u64,
-            overlapped_us: overlapped as u64,
-            spans: spans.collect(),
+            overlapped_us,
+            saved_us: 0,
+            spans,
             computed_by_rank_us: tail.workers().map(|word| word.computed_us as u64).collect(),
         };
-        Ok(Outcome::Committed(Committed {
-            event,
-            stop: tail.workers().any(|word| word.flags & STOP != 0),
-            newcomers: tail.workers().map(|word| word.newcomers as usize).sum(),
-            store_lost: tail.workers().any(|word| word.flags & STORE_LOST != 0),
-        }))
+        Ok(Outcome::Committed(Committed::new(vec![event], &tail)))
     }
 
     /// Sends the tail behind the buckets, and waits for all of them.
-    #[allow(clippy::type_complexity, reason = "buckets, each with the moment when it was ready")]
-    fn collect(
+    pub(super) fn collect(
         &mut self,
         link: &Link,
         standing: Standing,
         step: u64,
         mut tail: Tail,
-        sent: Vec<(usize, Instant, Pending<Reduced>)>,
+        sent: Vec<Sent>,
         trainer: &mut Trainer,
     ) -> Result<(Tail, Vec<(Reduced, Instant)>), Fail> {
         let place = tail.place(standing.rank);
@@ -288,27 +256,30 @@ impl<'a> Stepper<'a> {
                 Ok(newcomers) => tail.words[place + 1] = newcomers as i64,
                 Err(_) => tail.words[place] |= STORE_LOST,
             }
-            group.all_reduce(&mut tail.words, consort_collectives::ReduceOp::Sum)?;
+            group.all_reduce(&mut tail.words, ReduceOp::Sum)?;
             Ok(tail)
         });
         let mut all = Vec::with_capacity(sent.len());
-        for (bucket, ready, pending) in sent {
+        for Sent { bucket, ready, pending } in sent {
             let mut reduced = pending.wait()?;
             let empty = std::mem::replace(&mut reduced.values, Buffer::zeroed(0).map_err(Error::from)?);
             trainer.gradients_mut().buckets[bucket] = empty;
             if let Some(slot) = self.sums.get_mut(bucket) {
                 *slot = reduced.sums.take();
             }
+            self.feedback[bucket] = std::mem::take(&mut reduced.feedback);
             all.push((reduced, ready));
         }
         Ok((end.wait()?, all))
     }
 
     /// The step's loss and samples, if the workers computed each micro-batch once and know of the same steps before.
-    fn judge(&self, step: u64, tail: &Tail) -> Result<(Loss, Done), Error> {
+    ///
+    /// The tail's micro-batches of `step` begin at `first`.
+    pub(super) fn judge(&self, step: u64, tail: &Tail, first: usize) -> Result<(Loss, Done), Error> {
         let (mut loss, mut all) = (Loss::default(), Done::default());
         for m in 0..self.plan.micro_batches {
-            let (times, done) = tail.micro_batch(m);
+            let (times, done) = tail.micro_batch(first + m);
             if times != i64::from(!self.plan.places(step, m).is_empty()) {
                 let what = format!("step {step}: micro-batch {m} was computed {times} times");
                 return Err(Error::Disagreement(what));
@@ -317,8 +288,8 @@ impl<'a> Stepper<'a> {
             all.samples += done.samples;
             all.seen = all.seen.wrapping_add(done.seen);
         }
-        let first = tail.word(0).check;
-        if let Some(rank) = tail.workers().position(|word| word.check != first) {
+        let check = tail.word(0).check;
+        if let Some(rank) = tail.workers().position(|word| word.check != check) {
             let what = format!(
                 "worker {rank} had another gradient than worker 0 in the step before step {step}: the memory of one \
                  of them is not to be trusted. Start again from the last checkpoint (--resume)"
@@ -346,4 +317,24 @@ impl<'a> Stepper<'a> {
         state.attempt += u64::from(redo);
         Ok(redo)
     }
+}
+
+/// When buckets were on their way, in microseconds since `begun`, and how much of that was before `ready`.
+pub(super) fn spans(
+    trainer: &Trainer,
+    reduced: &[(Reduced, Instant)],
+    begun: Instant,
+    ready: Instant,
+) -> (Vec<Span>, u64) {
+    let us = |moment: Instant| moment.saturating_duration_since(begun).as_micros() as u64;
+    let layout = trainer.decoder().layout();
+    let spans = reduced.iter().map(|(r, sent)| Span {
+        bucket: r.bucket,
+        values: layout.buckets()[r.bucket].len(),
+        ready_us: us(*sent),
+        start_us: us(r.start),
+        end_us: us(r.end),
+    });
+    let overlapped: u128 = reduced.iter().map(|(r, _)| r.before(ready).as_micros()).sum();
+    (spans.collect(), overlapped as u64)
 }

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
 use super::board::{Activity, Board};
-use super::event::{Control, Event};
+use super::event::{Control, Event, StepEvent};
 use super::link::{Link, Standing};
 use super::plan::Plan;
 use super::saving::Saver;
@@ -130,13 +130,17 @@ impl<'a> Worker<'a> {
     /// # Errors
     /// [`Error::Setting`] for a plan that makes no sense, [`Error::Checkpoint`] for a place that does not.
     pub fn new(
-        trainer: Trainer,
+        mut trainer: Trainer,
         data: &'a dyn Samples,
         plan: Plan,
         membership: Membership,
         checkpoints: Option<CheckpointConfig>,
     ) -> Result<Worker<'a>, Error> {
         plan.check()?;
+        if plan.outer.is_some() {
+            let layout = trainer.decoder().layout().clone();
+            trainer.optimizer_mut().remember(&layout)?;
+        }
         let saver = checkpoints.map(|config| Saver::new(config, &trainer)).transpose()?;
         let identity = plan.identity(&data.id(), &trainer);
         let order = Order::new(data.count().max(1), plan.seed);
@@ -221,6 +225,7 @@ impl<'a> Worker<'a> {
             stop: false,
             lost_at: None,
             fruitless: 0,
+            saved_us: 0,
         };
         let result = run.work();
         run.board.doing(run.state.step, Activity::Ended);
@@ -246,6 +251,8 @@ struct Run<'a, 'w> {
     lost_at: Option<Instant>,
     /// Epochs in a row without a step.
     fruitless: usize,
+    /// What the last checkpoint cost.
+    saved_us: u64,
 }
 
 impl Run<'_, '_> {
@@ -302,8 +309,13 @@ impl Run<'_, '_> {
     /// One step, and what comes behind it.
     fn step(&mut self) -> Result<Option<Turn>, Fail> {
         let Run { trainer, state, link, standing, board, stop, .. } = self;
-        let outcome = self.stepper.step(trainer, state, link.as_ref(), *standing, board, *stop)?;
-        let Committed { event, stop, newcomers, store_lost } = match outcome {
+        let outcome = match self.plan.outer {
+            None => self.stepper.step(trainer, state, link.as_ref(), *standing, board, *stop)?,
+            Some(outer) => {
+                self.stepper.round(outer, trainer, state, link.as_ref(), *standing, board, *stop)?
+            }
+        };
+        let Committed { events, stop, newcomers, store_lost } = match outcome {
             Outcome::Redo => {
                 let step = self.state.step;
                 self.emit(&Event::Redone { step });
@@ -312,9 +324,14 @@ impl Run<'_, '_> {
             Outcome::Committed(committed) => committed,
         };
         self.fruitless = 0;
-        self.emit(&Event::Step(event));
+        let taken = events.len() as u64;
+        for event in events {
+            let saved_us = std::mem::take(&mut self.saved_us);
+            self.emit(&Event::Step(StepEvent { saved_us, ..event }));
+        }
         let (step, last) = (self.state.step, self.state.step >= self.plan.last());
-        let due = self.plan.checkpoint_every.is_some_and(|every| step.is_multiple_of(every));
+        // A round of local steps may pass the step that a checkpoint is due at.
+        let due = self.plan.checkpoint_every.is_some_and(|every| step / every > (step - taken) / every);
         if due || last || stop || store_lost || self.saver.as_ref().is_some_and(Saver::owes) {
             self.save();
         }
@@ -322,22 +339,21 @@ impl Run<'_, '_> {
         for event in events {
             self.emit(&Event::Checkpoint(event));
         }
-        if last {
-            return Ok(None);
-        }
-        if stop {
+        if stop && !last {
             return Ok(Some(Turn::Stop));
         }
+        // Behind the last step too: a newcomer that nobody took in would take the job for one that has not begun.
         if newcomers > 0 {
             self.emit(&Event::Joining { step, newcomers });
         }
-        Ok((newcomers > 0 || store_lost).then_some(Turn::Regroup))
+        Ok((newcomers > 0 || (store_lost && !last)).then_some(Turn::Regroup))
     }
 
     /// Leaves the group for the next one.
     fn regroup(&mut self, lost: Option<(String, Box<GroupError>)>) -> Result<(), Error> {
         self.lost_at.get_or_insert_with(Instant::now);
         self.trainer.discard()?;
+        self.stepper.forget(&mut self.trainer);
         let Some(link) = &self.link else { return Ok(()) };
         let epoch = self.standing.epoch;
         self.board.doing(self.state.step, Activity::Joining);
@@ -372,7 +388,9 @@ impl Run<'_, '_> {
         let job = self.job();
         if let Some(saver) = &mut self.saver {
             self.board.doing(self.state.step, Activity::Saving);
+            let begun = Instant::now();
             saver.save(self.state.step, &self.trainer, job);
+            self.saved_us = begun.elapsed().as_micros() as u64;
         }
     }
 
@@ -404,6 +422,8 @@ impl Run<'_, '_> {
 
     fn finish(&mut self, reason: Reason) -> Result<Finished, Error> {
         self.board.doing(self.state.step, Activity::Saving);
+        // Nobody needs this worker any more, and it needs nobody: who is lost from now on is no loss.
+        self.link = None;
         if self.saver.as_ref().is_some_and(|saver| !saver.has(self.state.step)) {
             self.save();
         }

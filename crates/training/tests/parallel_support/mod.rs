@@ -4,22 +4,18 @@
 
 pub mod process;
 
-use std::time::Duration;
-
 use consort_base::philox4x32;
 use consort_collectives::{JoinOptions, Store, StoreOptions, TransportKind};
 use consort_model::ModelConfig;
 use consort_model::arch::RopeConfig;
 use consort_tensor::activation::Activation;
 use consort_tensor::{Cpu, Pool};
-use consort_training::parallel::{Plan, Samples};
+use consort_training::parallel::{HOST_SETTLE, HOST_SILENCE, Plan, Samples};
 use consort_training::{
     Decay, MicroBatch, Normal, OptimizerConfig, Options, Schedule, Trainer, TrainerConfig,
 };
 
 pub const TOKEN: &[u8] = b"a token for tests, long enough";
-pub const SILENCE: Duration = Duration::from_millis(400);
-pub const SETTLE: Duration = Duration::from_millis(300);
 
 pub fn model() -> ModelConfig {
     ModelConfig {
@@ -94,10 +90,10 @@ pub fn plan() -> Plan {
 }
 
 pub fn store(workers: usize) -> Store {
-    let options = StoreOptions { settle: SETTLE, ..StoreOptions::new(workers) };
+    let options = StoreOptions { settle: HOST_SETTLE, ..StoreOptions::new(workers) };
     Store::listen("127.0.0.1:0", TOKEN, options).unwrap()
 }
 
 pub fn options(address: &str, kind: TransportKind) -> JoinOptions {
-    JoinOptions { transport: Some(kind), silence: SILENCE, ..JoinOptions::new(address, TOKEN) }
+    JoinOptions { transport: Some(kind), silence: HOST_SILENCE, ..JoinOptions::new(address, TOKEN) }
 }

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use consort_collectives::TransportKind;
 use consort_training::checkpoint::CheckpointConfig;
-use consort_training::parallel::{Control, Event, Finished, Membership, Plan, Worker};
+use consort_training::parallel::{Control, Event, Finished, Membership, Outer, Plan, Worker};
 
 use super::{PATTERNS, model, options, trainer};
 
@@ -34,7 +34,7 @@ pub fn checkpoints(location: &str) -> CheckpointConfig {
         keep: 2,
         worker: 0,
         workers: 1,
-        patience: Duration::from_secs(5),
+        patience: Duration::from_secs(30),
         files: std::collections::BTreeMap::new(),
     }
 }
@@ -51,6 +51,7 @@ pub fn live() {
         steps: variable("WORKER_STEPS").unwrap(),
         exact: variable("WORKER_EXACT").unwrap(),
         checkpoint_every: variable("WORKER_CHECKPOINT_EVERY"),
+        outer: variable("WORKER_OUTER").map(|every| Outer { every, ..Outer::default() }),
         ..super::plan()
     };
     let pause = Duration::from_micros(variable("WORKER_PAUSE_US").unwrap());
@@ -105,6 +106,9 @@ impl Process {
         command.env("WORKER_RESUME", orders.resume.to_string());
         if let Some(every) = orders.plan.checkpoint_every {
             command.env("WORKER_CHECKPOINT_EVERY", every.to_string());
+        }
+        if let Some(outer) = &orders.plan.outer {
+            command.env("WORKER_OUTER", outer.every.to_string());
         }
         if let Some(place) = &orders.checkpoints {
             command.env("WORKER_CHECKPOINTS", place);
