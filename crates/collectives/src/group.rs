@@ -113,7 +113,11 @@ impl Group {
     pub fn rejoin(self) -> Result<Self, Error> {
         let Self { core, ticket, .. } = self;
         let ticket = ticket.ok_or_else(|| Error::invalid("a sub-group cannot rejoin; its parent can"))?;
-        drop(core);
+        // Last words to a peer that is stopped take their time; those who are left shouldn't wait for them.
+        let farewell = std::thread::Builder::new().name("collectives-farewell".into());
+        if let Err(error) = farewell.spawn(move || drop(core)) {
+            tracing::debug!(%error, "no thread to take leave in; it was done here");
+        }
         join::rejoin(ticket)
     }
 

@@ -16,7 +16,9 @@ use consort_tensor::{Cpu, Pool};
 use consort_training::parallel::{
     Control, Event, Finished, HOST_SETTLE, HOST_SILENCE, Membership, Plan, Samples, Worker,
 };
-use consort_training::{Decay, MicroBatch, Normal, OptimizerConfig, Options, Schedule, Trainer, TrainerConfig};
+use consort_training::{
+    Decay, MicroBatch, Normal, OptimizerConfig, Options, Schedule, Trainer, TrainerConfig,
+};
 
 const TOKEN: &[u8] = b"make it from random bytes where strangers can connect";
 const STEPS: u64 = 60;

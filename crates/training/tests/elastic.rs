@@ -37,6 +37,7 @@ fn orders(store: &consort_collectives::Store, kind: TransportKind, steps: u64) -
         pause_us: 2000,
         checkpoints: None,
         resume: false,
+        namespace: None,
     }
 }
 

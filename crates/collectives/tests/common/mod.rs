@@ -2,6 +2,8 @@
 
 #![allow(clippy::unwrap_used, clippy::print_stdout, dead_code, missing_docs, unreachable_pub)]
 
+#[cfg(target_os = "linux")]
+pub mod network;
 pub mod worker;
 
 use std::time::Duration;

@@ -25,6 +25,8 @@ pub struct Orders {
     pub pause_us: u64,
     pub checkpoints: Option<String>,
     pub resume: bool,
+    /// The network namespace that it lives in.
+    pub namespace: Option<String>,
 }
 
 pub fn checkpoints(location: &str) -> CheckpointConfig {
@@ -97,7 +99,15 @@ pub struct Process {
 
 impl Process {
     pub fn start(orders: &Orders) -> Process {
-        let mut command = Command::new(std::env::current_exe().unwrap());
+        let itself = std::env::current_exe().unwrap();
+        let mut command = match &orders.namespace {
+            None => Command::new(itself),
+            Some(name) => {
+                let mut command = Command::new("ip");
+                command.args(["netns", "exec", name]).arg(itself);
+                command
+            }
+        };
         command.args(["--exact", "worker_process", "--nocapture"]);
         command.env("WORKER_STORE", &orders.store).env("WORKER_TRANSPORT", orders.kind.name());
         command.env("WORKER_STEPS", orders.plan.steps.to_string());
