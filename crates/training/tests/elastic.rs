@@ -100,16 +100,59 @@ fn one_is_struck(seed: u64, signal: &str, kind: TransportKind) {
     }
 }
 
+/// How many seeds: `CONSORT_TEST_SEEDS`, for whoever wants to look longer.
+fn seeds(usual: u64) -> u64 {
+    std::env::var("CONSORT_TEST_SEEDS").ok().and_then(|count| count.parse().ok()).unwrap_or(usual)
+}
+
+/// Several workers are struck at moments of their own, some of them while the others are just forming a group.
+fn several_are_struck(seed: u64, kind: TransportKind) {
+    let mut random = Philox::new(seed, 81);
+    let mut pick = |n: u64| random.next_u64() % n;
+    let workers = 3 + pick(3) as usize;
+    let struck = 2 + pick(workers as u64 - 2) as usize;
+    let name = format!("seed {seed}: {struck} of {workers}, {}", kind.name());
+    println!("{name}");
+    let store = store(workers);
+    let orders = orders(&store, kind, 37);
+    let mut all: Vec<Process> = (0..workers).map(|_| Process::start(&orders)).collect();
+    let survivor = workers - 1;
+    // The first epoch needs all of them.
+    assert!(all[survivor].wait(|event| is_step(event, 0)).is_some(), "{name}");
+    let mut at = 0;
+    for victim in 0..struck {
+        // Half of the time behind a step, half of the time into whatever is going on.
+        if pick(2) == 0 {
+            at = (at + pick(8)).min(30);
+            assert!(all[survivor].wait(|event| is_step(event, at)).is_some(), "{name}");
+        }
+        std::thread::sleep(Duration::from_micros(pick(20_000)));
+        all[victim].signal(if pick(3) == 0 { "-STOP" } else { "-KILL" });
+    }
+    let want = undisturbed(&orders.plan);
+    for (index, worker) in all.iter_mut().enumerate().skip(struck) {
+        assert_eq!(worker.end().as_ref(), Some(&want), "{name}: worker {index}: {:?}", worker.failed);
+    }
+    assert_eq!(count(all[struck..].iter(), &name), expected(16 * 37), "{name}");
+}
+
+#[test]
+fn several_lost_workers_change_nothing() {
+    for seed in 0..seeds(4) {
+        several_are_struck(seed, if seed % 2 == 0 { SHM } else { TCP });
+    }
+}
+
 #[test]
 fn killed_workers_change_nothing() {
-    for seed in 0..8 {
+    for seed in 0..seeds(8) {
         one_is_struck(seed, "-KILL", if seed % 2 == 0 { SHM } else { TCP });
     }
 }
 
 #[test]
 fn stopped_workers_change_nothing() {
-    for seed in 0..4 {
+    for seed in 0..seeds(4) {
         one_is_struck(100 + seed, "-STOP", if seed % 2 == 0 { SHM } else { TCP });
     }
 }

@@ -2,7 +2,6 @@
 
 use std::time::Instant;
 
-use consort_collectives::ReduceOp;
 use consort_tensor::buffer::Buffer;
 use consort_tensor::train::clear;
 use consort_tensor::train::exact::Grid;
@@ -84,7 +83,7 @@ impl Buckets<'_> {
             let start = Instant::now();
             match &mut sums {
                 Some(sums) if exact => reduce::exact(group, algorithm, cpu, grid, sums, &mut values)?,
-                _ if wire == Wire::F32 => group.all_reduce(&mut values, ReduceOp::Sum)?,
+                _ if wire == Wire::F32 => reduce::plain(group, &mut values)?,
                 _ => wire::all_reduce(group, wire, &mut values, &mut feedback)?,
             }
             Ok(Reduced { bucket, values, sums, feedback, start, end: Instant::now() })

@@ -64,3 +64,8 @@ pub(super) fn exact(
     }
     Ok(())
 }
+
+/// Adds `values` over all workers as they are, in the algorithm's order.
+pub(super) fn plain(group: &mut Group, values: &mut [f32]) -> Result<(), Error> {
+    values.chunks_mut(SEGMENT).try_for_each(|values| group.all_reduce(values, ReduceOp::Sum))
+}
