@@ -7,26 +7,13 @@ replica that gives it, killed with the page's own button.
 Needs Python 3.9 and Chromium, nothing else. Exits 0 when every step passed.
 """
 
-import argparse
 import sys
 
-from chromium import Chromium, Failure
+from chromium import Failure
+from runner import IDLE, LAST, ask, expect, run
 
-LAST = "[...document.querySelectorAll('.turn.assistant')].pop()"
-IDLE = "document.querySelector('#send').getAttribute('aria-label') === 'Send'"
 READY = "document.querySelectorAll('.replica.ready').length"
 TOKENS = 700
-
-
-def expect(condition, what):
-    if not condition:
-        raise Failure(what)
-
-
-def ask(tab, text):
-    tab.js("document.querySelector('#prompt').focus()")
-    tab.type(text)
-    tab.enter()
 
 
 def shows_the_fleet(tab, url):
@@ -113,29 +100,5 @@ def suits_the_eye(tab):
 STEPS = (shows_the_fleet, survives, works_by_keyboard, suits_the_eye)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--url", default="http://127.0.0.1:8080", help="where the front door listens")
-    url = parser.parse_args().url.rstrip("/") + "/"
-    passed = failed = 0
-    with Chromium() as tab:
-        for step in STEPS:
-            name = step.__name__.replace("_", " ")
-            try:
-                step(tab, url) if step is shows_the_fleet else step(tab)
-                if tab.console:
-                    raise Failure("console: " + " | ".join(tab.console))
-                passed += 1
-                print(f"ok    {name}", flush=True)
-            except Failure as failure:
-                failed += 1
-                print(f"FAIL  {name}: {failure}", flush=True)
-                tab.console.clear()
-                if step is shows_the_fleet:
-                    break
-    print(f"{passed} passed, {failed} failed, {len(STEPS) - passed - failed} not reached")
-    return 1 if failed else 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(STEPS, __doc__))

@@ -6,24 +6,9 @@
 Needs Python 3.9 and Chromium, nothing else. Exits 0 when every step passed.
 """
 
-import argparse
 import sys
 
-from chromium import Chromium, Failure
-
-LAST = "[...document.querySelectorAll('.turn.assistant')].pop()"
-IDLE = "document.querySelector('#send').getAttribute('aria-label') === 'Send'"
-
-
-def expect(condition, what):
-    if not condition:
-        raise Failure(what)
-
-
-def ask(tab, text):
-    tab.js("document.querySelector('#prompt').focus()")
-    tab.type(text)
-    tab.enter()
+from runner import IDLE, LAST, ask, expect, run
 
 
 def loads(tab, url):
@@ -169,31 +154,5 @@ def says_what_is_wrong(tab):
 STEPS = (loads, streams, breaks_lines, stops, stays_text, settings, starts_over, suits_the_eye, says_what_is_wrong)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--url", default="http://127.0.0.1:8080", help="where the server listens")
-    arguments = parser.parse_args()
-    url = arguments.url.rstrip("/") + "/"
-    passed = failed = 0
-    with Chromium() as tab:
-        for step in STEPS:
-            name = step.__name__.replace("_", " ")
-            try:
-                step(tab, url) if step is loads else step(tab)
-                if tab.console:
-                    raise Failure("console: " + " | ".join(tab.console))
-                passed += 1
-                print(f"ok    {name}", flush=True)
-            except Failure as failure:
-                failed += 1
-                print(f"FAIL  {name}: {failure}", flush=True)
-                tab.console.clear()
-                if step is loads:
-                    # Without a page the other steps have nothing to say.
-                    break
-    print(f"{passed} passed, {failed} failed, {len(STEPS) - passed - failed} not reached")
-    return 1 if failed else 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(STEPS, __doc__))

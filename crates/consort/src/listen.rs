@@ -30,6 +30,17 @@ pub(crate) struct Listen {
     pub(crate) api_key: Option<String>,
 }
 
+/// Whose browsers may ask a server without keys.
+#[derive(Args, Clone, Debug, Default)]
+pub(crate) struct Allowed {
+    /// Host name under which a server without a key may be reached beside loopback's (behind a proxy); repeatable
+    #[arg(long = "allow-host", value_name = "HOST")]
+    pub(crate) allowed_hosts: Vec<String>,
+    /// Origin like `https://example.org` whose pages may call the API; repeatable
+    #[arg(long = "allow-origin", value_name = "ORIGIN")]
+    pub(crate) allowed_origins: Vec<String>,
+}
+
 /// A bound socket and the rules that go with it.
 pub(crate) struct Bound {
     pub(crate) listener: TcpListener,

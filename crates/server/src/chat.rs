@@ -1,9 +1,5 @@
 //! `/v1/chat/completions`.
 
-use axum::body::Body;
-use axum::extract::State;
-use axum::http::Request;
-use axum::response::Response;
 use consort_inference::request::Grammar;
 use consort_model::chat::ChatOptions;
 use serde_json::{Map, Value};
@@ -11,11 +7,9 @@ use serde_json::{Map, Value};
 use crate::engine::Replica;
 use crate::error::{ApiError, ApiResult};
 use crate::fields::{Fields, kind};
-use crate::http::body::{Parsed, read_json};
 use crate::params::{Common, is_false};
-use crate::plan::{self, Plan, Prompt, Reading};
+use crate::plan::{self, Call, Plan, Prompt, Reading};
 use crate::respond::Shape;
-use crate::serve::{App, Context};
 use crate::tools::{self, Format, ToolRequest};
 
 mod messages;
@@ -25,21 +19,8 @@ pub(crate) use messages::read as read_messages;
 /// Calls that one answer may hold.
 const MAX_CALLS: usize = 64;
 
-pub(crate) async fn handle(
-    State(app): State<App>,
-    context: Context,
-    request: Request<Body>,
-) -> ApiResult<Response> {
-    let replica = app.replica()?.clone();
-    let Parsed { value, bytes, held } = read_json(request, &app.body_limits).await?;
-    let chat = ChatCall::read(value, &replica)?;
-    plan::check_model(&chat.common.model, &replica)?;
-    let heavy = bytes > plan::HEAVY_BYTES || chat.format.is_some() || chat.tools.forced();
-    plan::answer(&app, &context, replica, heavy, held, Shape::Chat, move |replica| chat.plan(replica)).await
-}
-
 /// A request, read and checked, before its tokens are known.
-struct ChatCall {
+pub(crate) struct ChatCall {
     common: Common,
     messages: Vec<Value>,
     max_tokens: Option<usize>,
@@ -49,7 +30,9 @@ struct ChatCall {
     variables: Map<String, Value>,
 }
 
-impl ChatCall {
+impl Call for ChatCall {
+    const SHAPE: Shape = Shape::Chat;
+
     fn read(value: Value, replica: &Replica) -> ApiResult<ChatCall> {
         let mut fields = Fields::new(value, "")?;
         let common = Common::read(&mut fields, replica.tokenizer.vocab())?;
@@ -79,6 +62,14 @@ impl ChatCall {
         refuse_others(&mut fields)?;
         fields.finish()?;
         Ok(ChatCall { common, messages, max_tokens, logprobs, format, tools, variables })
+    }
+
+    fn model(&self) -> Option<&str> {
+        self.common.model.as_deref()
+    }
+
+    fn is_heavy(&self) -> bool {
+        self.format.is_some() || self.tools.forced()
     }
 
     /// Runs the template and puts all together.

@@ -4,40 +4,20 @@
 //! looks like a special token in it is not one. Who wants special tokens sends ids (`/tokenize` with `parse_special`
 //! makes them).
 
-use axum::body::Body;
-use axum::extract::State;
-use axum::http::Request;
-use axum::response::Response;
 use consort_model::tokenizer::Specials;
 use serde_json::Value;
 
 use crate::engine::Replica;
 use crate::error::{ApiError, ApiResult};
 use crate::fields::{Fields, kind, token_ids};
-use crate::http::body::{Parsed, read_json};
 use crate::params::{Common, below_vocab};
-use crate::plan::{self, Plan, Prompt};
+use crate::plan::{self, Call, Plan, Prompt};
 use crate::respond::Shape;
-use crate::serve::{App, Context};
 
 /// Prompts of one request.
 const MAX_PROMPTS: usize = 128;
 /// OpenAI's default.
 const DEFAULT_MAX_TOKENS: usize = 16;
-
-pub(crate) async fn handle(
-    State(app): State<App>,
-    context: Context,
-    request: Request<Body>,
-) -> ApiResult<Response> {
-    let replica = app.replica()?.clone();
-    let Parsed { value, bytes, held } = read_json(request, &app.body_limits).await?;
-    let call = CompletionCall::read(value, &replica)?;
-    plan::check_model(&call.common.model, &replica)?;
-    let heavy = bytes > plan::HEAVY_BYTES;
-    plan::answer(&app, &context, replica, heavy, held, Shape::Completion, move |replica| call.plan(replica))
-        .await
-}
 
 /// A prompt as it was sent.
 enum Source {
@@ -45,7 +25,8 @@ enum Source {
     Ids(Vec<u32>),
 }
 
-struct CompletionCall {
+/// A request, read and checked, before its tokens are known.
+pub(crate) struct CompletionCall {
     common: Common,
     sources: Vec<Source>,
     max_tokens: usize,
@@ -53,7 +34,9 @@ struct CompletionCall {
     echo: bool,
 }
 
-impl CompletionCall {
+impl Call for CompletionCall {
+    const SHAPE: Shape = Shape::Completion;
+
     fn read(value: Value, replica: &Replica) -> ApiResult<CompletionCall> {
         let mut fields = Fields::new(value, "")?;
         let vocab = replica.tokenizer.vocab();
@@ -101,6 +84,10 @@ impl CompletionCall {
         plan::refuse_for_all(&mut fields)?;
         fields.finish()?;
         Ok(CompletionCall { common, sources, max_tokens, logprobs, echo })
+    }
+
+    fn model(&self) -> Option<&str> {
+        self.common.model.as_deref()
     }
 
     fn plan(self, replica: &Replica) -> ApiResult<Plan> {

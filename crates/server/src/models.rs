@@ -36,7 +36,7 @@ pub(crate) async fn one(
 ) -> ApiResult<Response> {
     let replica = app.replica()?;
     let Path(id) = id.map_err(|_| ApiError::param("model", "the model's name in the path is not UTF-8"))?;
-    crate::plan::check_model(&Some(id.clone()), replica)?;
+    crate::plan::check_model(Some(&id), replica)?;
     Ok(json(&card(&app, replica, &id)))
 }
 

@@ -3,7 +3,9 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use axum::http::StatusCode;
+use axum::body::Body;
+use axum::extract::State;
+use axum::http::{self, StatusCode};
 use axum::response::Response;
 use consort_inference::request::Grammar;
 use consort_inference::{Request, SubmitError, TokenEvent};
@@ -13,7 +15,7 @@ use crate::answer::{Answer, AnswerSet, Job};
 use crate::engine::Replica;
 use crate::error::{ApiError, ApiResult};
 use crate::fields::Fields;
-use crate::http::body::Held;
+use crate::http::body::{Held, Parsed, read_json};
 use crate::logprobs;
 use crate::params::{Common, is_false};
 use crate::respond::{self, Echo, Envelope, Shape};
@@ -57,10 +59,44 @@ pub(crate) struct Plan {
     pub(crate) reading: Option<Reading>,
 }
 
+/// A request for answers, read and checked, before its tokens are known.
+pub(crate) trait Call: Sized + Send + 'static {
+    /// What its answers look like.
+    const SHAPE: Shape;
+
+    /// Reads a body.
+    fn read(value: Value, replica: &Replica) -> ApiResult<Self>;
+
+    /// The model that it names.
+    fn model(&self) -> Option<&str>;
+
+    /// Whether it takes long to plan, however short it is.
+    fn is_heavy(&self) -> bool {
+        false
+    }
+
+    /// Makes tokens of it.
+    fn plan(self, replica: &Replica) -> ApiResult<Plan>;
+}
+
+/// Answers a request of this kind.
+pub(crate) async fn handle<C: Call>(
+    State(app): State<App>,
+    context: Context,
+    request: http::Request<Body>,
+) -> ApiResult<Response> {
+    let replica = app.replica()?.clone();
+    let Parsed { value, bytes, held } = read_json(request, &app.body_limits).await?;
+    let call = C::read(value, &replica)?;
+    check_model(call.model(), &replica)?;
+    let heavy = bytes > HEAVY_BYTES || call.is_heavy();
+    answer(&app, &context, replica, heavy, held, C::SHAPE, move |replica| call.plan(replica)).await
+}
+
 /// The model must be the one served here.
-pub(crate) fn check_model(asked: &Option<String>, replica: &Replica) -> ApiResult<()> {
+pub(crate) fn check_model(asked: Option<&str>, replica: &Replica) -> ApiResult<()> {
     match asked {
-        Some(name) if *name != replica.model && !replica.aliases.contains(name) => {
+        Some(name) if *name != replica.model && !replica.aliases.iter().any(|alias| alias == name) => {
             let name: String = name.chars().take(128).collect();
             let message = format!("the model {name:?} is not served here; this is {:?}", replica.model);
             Err(ApiError {
@@ -81,7 +117,7 @@ pub(crate) fn refuse_for_all(fields: &mut Fields) -> ApiResult<()> {
 
 /// Makes the plan, submits it and answers. `heavy` work (long texts, grammars) is done on a thread of its own; the
 /// body counts as `held` until then.
-pub(crate) async fn answer(
+async fn answer(
     app: &App,
     context: &Context,
     replica: Replica,

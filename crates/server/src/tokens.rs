@@ -25,7 +25,7 @@ pub(crate) async fn tokenize(
     let replica = app.replica()?.clone();
     let Parsed { value, bytes, held } = read_json(request, &app.body_limits).await?;
     let mut fields = Fields::new(value, "")?;
-    plan::check_model(&fields.string("model")?, &replica)?;
+    plan::check_model(fields.string("model")?.as_deref(), &replica)?;
     let prompt = fields.string("prompt")?;
     let messages = fields.array("messages")?;
     let bos = fields.bool("add_special_tokens")?.unwrap_or(true);
@@ -71,7 +71,7 @@ pub(crate) async fn detokenize(State(app): State<App>, request: Request<Body>) -
     let replica = app.replica()?;
     let Parsed { value, held: _held, .. } = read_json(request, &app.body_limits).await?;
     let mut fields = Fields::new(value, "")?;
-    plan::check_model(&fields.string("model")?, replica)?;
+    plan::check_model(fields.string("model")?.as_deref(), replica)?;
     let tokens = fields
         .token_ids("tokens", 1 << 20)?
         .ok_or_else(|| ApiError::param("tokens", "tokens is missing; send an array of token ids"))?;

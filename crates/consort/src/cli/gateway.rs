@@ -9,7 +9,7 @@ use consort_api::{ApiKeyRecord, FleetReplica, KeyLimits, Numerics, Protocol};
 use consort_gateway::{Discovery, Gateway as Door, Settings, Tls, Trust};
 
 use crate::cli::UsageError;
-use crate::listen::{Bound, Listen, Origin};
+use crate::listen::{Allowed, Bound, Listen, Origin};
 use crate::signals;
 use crate::terminal::{Style, line, note};
 
@@ -58,12 +58,8 @@ pub(crate) struct Gateway {
     /// Ask a second replica where the first token takes longer than this (at most 5 in 100 requests)
     #[arg(long, value_name = "MILLISECONDS", value_parser = clap::value_parser!(u64).range(1..=3_600_000))]
     hedge_after: Option<u64>,
-    /// Host name under which a gateway without a key may be reached beside loopback's (behind a proxy); repeatable
-    #[arg(long = "allow-host", value_name = "HOST")]
-    allowed_hosts: Vec<String>,
-    /// Origin like `https://example.org` whose pages may call the API; repeatable
-    #[arg(long = "allow-origin", value_name = "ORIGIN")]
-    allowed_origins: Vec<String>,
+    #[command(flatten)]
+    allowed: Allowed,
     /// Print one line of JSON once listening, instead of the summary
     #[arg(long)]
     json: bool,
@@ -79,8 +75,8 @@ impl Gateway {
         settings.replicas.trust = trust;
         settings.replicas.balancing = self.balancing;
         settings.replicas.silence_timeout = Duration::from_millis(self.silence_timeout);
-        settings.clients.allowed_hosts = self.allowed_hosts.clone();
-        settings.clients.allowed_origins = self.allowed_origins.clone();
+        settings.clients.allowed_hosts = self.allowed.allowed_hosts.clone();
+        settings.clients.allowed_origins = self.allowed.allowed_origins.clone();
         if let Some(after) = self.hedge_after {
             settings.hedging.enabled = true;
             settings.hedging.after = Duration::from_millis(after);
@@ -157,7 +153,7 @@ impl Gateway {
             (Some(chain), Some(key)) => Some(Tls::new(&read(chain)?, &read(key)?)?),
             _ if self.tls_self_signed => {
                 let mut names = vec!["localhost".to_owned(), "127.0.0.1".to_owned(), "::1".to_owned()];
-                names.extend(self.allowed_hosts.iter().cloned());
+                names.extend(self.allowed.allowed_hosts.iter().cloned());
                 Some(Tls::self_signed(&names)?)
             }
             _ => None,

@@ -7,7 +7,7 @@ use clap::Args;
 use consort_control::Said;
 use consort_server::{ApiKey, Options, Replica, Slot};
 
-use crate::listen::{Bound, Listen, Origin};
+use crate::listen::{Allowed, Bound, Listen, Origin};
 use crate::loading::{self, Loaded};
 use crate::settings::{Compute, Engine};
 use crate::terminal::{Style, bytes, line, note};
@@ -39,12 +39,8 @@ pub(crate) struct ServeOptions {
     compute: Compute,
     #[command(flatten)]
     engine: Engine,
-    /// Host name under which a server without a key may be reached beside loopback's (behind a proxy); repeatable
-    #[arg(long = "allow-host", value_name = "HOST")]
-    allowed_hosts: Vec<String>,
-    /// Origin like `https://example.org` whose pages may call the API; repeatable
-    #[arg(long = "allow-origin", value_name = "ORIGIN")]
-    allowed_origins: Vec<String>,
+    #[command(flatten)]
+    allowed: Allowed,
     /// Print one line of JSON once ready, instead of the summary
     #[arg(long)]
     json: bool,
@@ -81,8 +77,8 @@ impl ServeOptions {
         let options = Options {
             api_key: bound.key.as_ref().map(|key| ApiKey::new(&key.secret)),
             page: Some(page::chat()),
-            allowed_hosts: self.allowed_hosts.clone(),
-            allowed_origins: self.allowed_origins.clone(),
+            allowed_hosts: self.allowed.allowed_hosts.clone(),
+            allowed_origins: self.allowed.allowed_origins.clone(),
             drain_budget: std::time::Duration::from_secs(self.drain_seconds),
             ..Options::default()
         };

@@ -8,7 +8,7 @@ use clap::Args;
 use consort_api::deployment::{Deployment, Version};
 
 use super::UsageError;
-use crate::listen::Listen;
+use crate::listen::{Allowed, Listen};
 use crate::terminal::{line, note};
 use crate::up::{self, Plan, Source};
 use crate::{environment, loading};
@@ -63,12 +63,8 @@ pub(crate) struct Up {
     /// Compute every prompt anew instead of reusing what an earlier one had in common
     #[arg(long)]
     no_prefix_cache: bool,
-    /// Host name under which a front door without a key may be reached beside loopback's (behind a proxy); repeatable
-    #[arg(long = "allow-host", value_name = "HOST")]
-    allowed_hosts: Vec<String>,
-    /// Origin like `https://example.org` whose pages may call the API; repeatable
-    #[arg(long = "allow-origin", value_name = "ORIGIN")]
-    allowed_origins: Vec<String>,
+    #[command(flatten)]
+    allowed: Allowed,
     /// Print one line of JSON once ready, instead of the summary
     #[arg(long)]
     json: bool,
@@ -105,8 +101,8 @@ impl Up {
         };
         let replicas = self.replicas.unwrap_or_else(|| u32::from(up::cores().min(2)));
         let mut deployment = Deployment::of(&name, &self.model, replicas);
-        deployment.allowed_hosts = self.allowed_hosts.clone();
-        deployment.allowed_origins = self.allowed_origins.clone();
+        deployment.allowed_hosts = self.allowed.allowed_hosts.clone();
+        deployment.allowed_origins = self.allowed.allowed_origins.clone();
         if let Some(model) = deployment.models.first_mut() {
             model.stable = Version {
                 threads: self.threads,

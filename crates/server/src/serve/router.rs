@@ -15,9 +15,11 @@ use consort_edge::ConnectionHandle;
 
 use super::App;
 use super::context::{Context, REQUEST_ID, Record, Recorded, fresh_id};
+use crate::chat::ChatCall;
+use crate::completions::CompletionCall;
 use crate::error::ApiError;
 use crate::http::guard::Access;
-use crate::{chat, completions, models, tokens};
+use crate::{models, plan, tokens};
 
 /// Path, the methods it has, and who may ask.
 const ROUTES: [(&str, &str, Access); 10] = [
@@ -41,8 +43,8 @@ pub(crate) fn router(app: App) -> Router {
         .route("/metrics", get(models::metrics))
         .route("/v1/models", get(models::list))
         .route("/v1/models/{*id}", get(models::one))
-        .route("/v1/chat/completions", post(chat::handle))
-        .route("/v1/completions", post(completions::handle))
+        .route("/v1/chat/completions", post(plan::handle::<ChatCall>))
+        .route("/v1/completions", post(plan::handle::<CompletionCall>))
         .route("/tokenize", post(tokens::tokenize))
         .route("/detokenize", post(tokens::detokenize))
         .fallback(not_found)
