@@ -89,6 +89,42 @@ async fn an_answer_crosses_classes_only_where_that_is_allowed_and_says_so() {
     }
 }
 
+/// Its client has nothing of it, so nothing speaks for waiting until a replica of the first class is back.
+#[tokio::test]
+async fn a_whole_answer_whose_class_is_lost_begins_anew_on_another() {
+    let replicas = [Replica::start("a").await, Replica::start("b").await];
+    let mut settings = settings();
+    settings.retries.wait = Duration::from_secs(60);
+    let door = door(settings, &fleet(&replicas[..1], Numerics::SameClass)).await;
+    replicas[0].act(Act::HoldAndBreak(3));
+    let asking = door.open(&[], &chat(json!({}))).await;
+    while replicas[0].count() == 0 {
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    door.gateway.set_fleet(&fleet(&replicas, Numerics::SameClass)).unwrap();
+    door.all_ready().await;
+    replicas[0].kill();
+    replicas[0].go_on.notify_one();
+    let answer = read(asking).await.json();
+    assert_eq!(answer["choices"][0]["message"]["content"], WORDS, "{answer}");
+    assert_eq!(answer["system_fingerprint"], "b");
+    assert!(answer.get("consort").is_none(), "it is of one class: {answer}");
+}
+
+#[tokio::test]
+async fn a_replica_that_does_not_begin_is_left_for_another() {
+    let replicas = [Replica::start("a").await, Replica::start("a").await];
+    let mut settings = settings();
+    settings.retries.begin = Duration::from_millis(50);
+    let door = door(settings, &fleet(&replicas, Numerics::SameClass)).await;
+    // Whichever is asked, and the other one after it.
+    replicas.iter().for_each(|replica| replica.act(Act::Late(600_000)));
+    let response = door.post(&[], &chat(json!({"stream": true}))).await;
+    assert_eq!(response.text(), WORDS);
+    let metrics = door.get("/metrics").await.body;
+    assert!(metrics.contains("reason=\"slow\""), "{metrics}");
+}
+
 #[tokio::test]
 async fn a_broken_stream_that_nobody_can_continue_ends_with_an_error_event() {
     let replicas = [Replica::start("a").await, Replica::start("b").await];
