@@ -33,6 +33,12 @@ pub(crate) struct BalanceArguments {
     /// Turns of each way.
     #[arg(long, default_value_t = 4)]
     rounds: u64,
+    /// The first round's number: each has a load of its own, so that a measurement can go on where another one ended.
+    #[arg(long, default_value_t = 1)]
+    first_round: u64,
+    /// Prints all times as JSON instead of the table.
+    #[arg(long)]
+    json: bool,
     /// Seconds in which conversations begin, of one turn.
     #[arg(long, default_value_t = 12)]
     seconds: u64,
@@ -145,16 +151,25 @@ pub(crate) fn measure(root: &Path, arguments: &BalanceArguments) -> Result<()> {
         .collect::<Result<Vec<_>>>()?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let mut all: Vec<Seen> = arguments.ways.iter().map(|_| Seen::default()).collect();
-    for round in 0..arguments.rounds {
+    for round in arguments.first_round..arguments.first_round + arguments.rounds {
         for turn in 0..gateways.len() {
             // Every way is first once.
             let at = (turn + round as usize) % gateways.len();
-            eprintln!("xtask: round {} of {}: {}", round + 1, arguments.rounds, arguments.ways[at]);
+            eprintln!("xtask: round {round}: {}", arguments.ways[at]);
             let salt = round * 1000 + at as u64 + 1;
-            let load = load(round + 1, salt, arguments.seconds, arguments.rate);
+            let load = load(round, salt, arguments.seconds, arguments.rate);
             let seen = runtime.block_on(turn_of(gateways[at].address, load))?;
             all[at].add(seen);
         }
+    }
+    if arguments.json {
+        for (way, seen) in arguments.ways.iter().zip(&all) {
+            println!(
+                "{}",
+                json!({"way": way, "first": seen.first, "whole": seen.whole, "prompt": seen.prompt, "cached": seen.cached})
+            );
+        }
+        return Ok(());
     }
     println!(
         "| `balancing` | requests | first token p50 / p90 | whole answer p50 / p90 | prompt tokens found in caches |"

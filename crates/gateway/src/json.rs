@@ -174,6 +174,22 @@ impl<'a> Cursor<'a> {
             self.at += 1;
             return Ok(());
         }
+        self.members(&mut member)
+    }
+
+    /// The rest of an object whose members before `at`, where a key begins, are known from another text with the same
+    /// beginning. (Nothing before `at` is read again.)
+    pub(crate) fn object_from(
+        &mut self,
+        at: usize,
+        mut member: impl FnMut(&mut Cursor<'a>, &str, usize) -> Scan<()>,
+    ) -> Scan<()> {
+        self.at = at;
+        self.space();
+        self.members(&mut member)
+    }
+
+    fn members(&mut self, member: &mut impl FnMut(&mut Cursor<'a>, &str, usize) -> Scan<()>) -> Scan<()> {
         loop {
             let start = self.at;
             let key = self.key()?;

@@ -12,6 +12,7 @@ use hyper::header::{CONTENT_TYPE, HeaderMap, HeaderValue};
 use hyper::{Method, Request, Response, StatusCode};
 use tokio::sync::watch;
 
+use super::chunk::Head;
 use super::plain::Plain;
 use super::sse::{Event, Events};
 use super::upstream::{Connection, SendError};
@@ -98,6 +99,10 @@ pub(crate) struct Attempt {
     body: Incoming,
     connection: Option<Connection>,
     events: Events,
+    /// What its chunks have in common.
+    pub(crate) head: Head,
+    /// When what is being told was read.
+    pub(crate) read: Instant,
     lost: watch::Receiver<u64>,
     patience: Patience,
 }
@@ -162,8 +167,9 @@ impl Attempt {
             ticket.settled = true;
             return Err(Failure::Garbage);
         }
-        let events = Events::default();
-        Ok(Reply::Stream(Box::new(Attempt { ticket, headers, body, connection, events, lost, patience })))
+        let (events, head, read) = (Events::default(), Head::default(), Instant::now());
+        let attempt = Attempt { ticket, headers, body, connection, events, head, read, lost, patience };
+        Ok(Reply::Stream(Box::new(attempt)))
     }
 
     async fn reply(
@@ -223,6 +229,7 @@ impl Attempt {
                         Some(Ok(frame)) => {
                             if let Ok(bytes) = frame.into_data() {
                                 self.ticket.replica.seen_alive();
+                                self.read = Instant::now();
                                 self.events.push(bytes);
                             }
                         }

@@ -40,6 +40,14 @@ pub(crate) struct Choice {
     logprobs: Option<Range<usize>>,
 }
 
+/// What the chunks of one stream begin with, up to their choices.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Head {
+    bytes: Bytes,
+    fingerprint: Option<Range<usize>>,
+    model: Option<Range<usize>>,
+}
+
 /// What the client is to get of a chunk.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Edit<'a> {
@@ -58,15 +66,29 @@ impl Chunk {
     ///
     /// # Errors
     /// Where it isn't JSON or not a chunk of one choice.
+    #[cfg(test)]
     pub(crate) fn read(data: Bytes) -> Result<Chunk, Malformed> {
+        Chunk::read_after(&mut Head::default(), data)
+    }
+
+    /// Reads the data of a stream's next event. Where it begins as the one before did, which `head` remembers, that
+    /// beginning isn't read again: two texts with the same beginning have the same members there.
+    ///
+    /// # Errors
+    /// Where it isn't JSON or not a chunk of one choice.
+    pub(crate) fn read_after(head: &mut Head, data: Bytes) -> Result<Chunk, Malformed> {
         let text = std::str::from_utf8(&data).map_err(|e| Malformed { at: e.valid_up_to() })?;
-        let (mut choice, mut choices) = (None, false);
-        let (mut fingerprint, mut model, mut usage, mut usage_member) = (None, None, None, None);
+        let (mut choice, mut choices, mut first) = (None, false, None);
+        let same = !head.bytes.is_empty() && data.starts_with(&head.bytes);
+        let (mut fingerprint, mut model) =
+            if same { (head.fingerprint.clone(), head.model.clone()) } else { (None, None) };
+        let (mut usage, mut usage_member) = (None, None);
         let mut cursor = Cursor::new(text);
-        cursor.object(|cursor, key, start| {
+        let member = |cursor: &mut Cursor<'_>, key: &str, start: usize| {
             match key {
                 "choices" => {
                     choices = true;
+                    first.get_or_insert((start, usage_member.is_none()));
                     cursor.list(|cursor| {
                         let at = cursor.at();
                         match choice.replace(Choice::read(cursor, text)?) {
@@ -88,11 +110,20 @@ impl Chunk {
                 }
             }
             Ok(())
-        })?;
+        };
+        if same {
+            cursor.object_from(head.bytes.len(), member)?;
+        } else {
+            cursor.object(member)?;
+        }
         let end = cursor.at().saturating_sub(1);
         cursor.finish()?;
-        if !choices {
-            return Err(Malformed { at: 0 });
+        let Some((begins, plain)) = first.filter(|_| choices) else { return Err(Malformed { at: 0 }) };
+        if !same && plain {
+            let before = |range: &Option<Range<usize>>| range.clone().filter(|range| range.end <= begins);
+            let (fingerprint, model) = (before(&fingerprint), before(&model));
+            // A copy: a part would keep the whole read in memory for as long as the stream lasts.
+            *head = Head { bytes: Bytes::copy_from_slice(&data[..begins]), fingerprint, model };
         }
         Ok(Chunk { choice, fingerprint, usage, model, usage_member, end, data })
     }
@@ -261,6 +292,36 @@ mod tests {
             format!("{expected} \n"),
             "white space stays where it is"
         );
+    }
+
+    /// A stream's chunks are read after one another as each alone would be, whatever its beginning has in common with
+    /// the one before: damaged, cut or changed at every place.
+    #[test]
+    fn a_chunk_after_another_is_what_it_is_alone() {
+        let other = CHUNK.replace("chatcmpl-1", "chatcmpl-2");
+        let late = CHUNK
+            .replace(",\"model\":\"m\"", "")
+            .replace("\"usage\":null", "\"usage\":null,\"model\":\"late\"");
+        let mut texts = vec![CHUNK.to_owned(), CHUNK.to_owned(), other, CHUNK.to_owned(), late.clone(), late];
+        for at in 0..CHUNK.len() {
+            texts.push(CHUNK[..at].to_owned());
+            for byte in ["}", ",", "\"", "x", "]", " "] {
+                texts.push(format!("{}{byte}{}", &CHUNK[..at], &CHUNK[at + 1..]));
+                texts.push(format!("{}{byte}{}", &CHUNK[..at], &CHUNK[at..]));
+            }
+        }
+        let (mut head, mut sound) = (Head::default(), 0);
+        for text in texts {
+            let after = Chunk::read_after(&mut head, text.clone().into());
+            let alone = read(&text);
+            assert_eq!(after.is_ok(), alone.is_ok(), "{text}");
+            if let (Ok(after), Ok(alone)) = (after, alone) {
+                assert_eq!(after, alone, "{text}");
+                sound += 1;
+            }
+            let _ = Chunk::read_after(&mut head, CHUNK.into()).unwrap();
+        }
+        assert!(sound > 100, "{sound}");
     }
 
     #[test]

@@ -257,7 +257,7 @@ impl PlainStream {
             }
         }
         let ticket = self.plain.as_mut().map(|plain| &mut plain.ticket);
-        self.session.passed(count, ticket);
+        self.session.passed(Instant::now(), count, ticket);
     }
 }
 

@@ -9,13 +9,17 @@ use consort_api::{Numerics, Usage};
 use super::Session;
 use crate::fleet::Ticket;
 use crate::proxy::attempt::Failure;
-use crate::proxy::chunk::Chunk;
+use crate::proxy::chunk::{Chunk, Head};
 use crate::proxy::progress::News;
 
 impl Session {
     /// Judges a chunk; returns it where it is news.
     pub(super) fn chunk(&mut self, data: Bytes) -> Result<Option<Chunk>, Failure> {
-        let chunk = Chunk::read(data).map_err(|_| Failure::Garbage)?;
+        let chunk = match &mut self.attempt {
+            Some(attempt) => Chunk::read_after(&mut attempt.head, data),
+            None => Chunk::read_after(&mut Head::default(), data),
+        };
+        let chunk = chunk.map_err(|_| Failure::Garbage)?;
         if let Some(class) = chunk.fingerprint() {
             let known = self.progress.classes.last();
             if known.is_some_and(|known| known != class) && self.version().numerics == Numerics::SameClass {
@@ -49,7 +53,9 @@ impl Session {
     /// Tokens came that the client doesn't have.
     fn note_news(&mut self, count: u64) {
         let mut attempt = self.attempt.take();
-        self.passed(count, attempt.as_mut().map(|attempt| &mut attempt.ticket));
+        // Tokens that came in one read came at one time.
+        let at = attempt.as_ref().map_or_else(Instant::now, |attempt| attempt.read);
+        self.passed(at, count, attempt.as_mut().map(|attempt| &mut attempt.ticket));
         self.attempt = attempt;
         self.tries = 0;
         self.begin_by = None;
@@ -58,23 +64,22 @@ impl Session {
     }
 
     /// Takes note of tokens on their way to the client, from the replica with this ticket.
-    pub(crate) fn passed(&mut self, count: u64, ticket: Option<&mut Ticket>) {
-        let now = Instant::now();
+    pub(crate) fn passed(&mut self, now: Instant, count: u64, ticket: Option<&mut Ticket>) {
         let telemetry = &self.gateway.telemetry;
         let stats = &self.model.versions[self.version].stats;
         telemetry.tokens(now, count);
         self.tally.answer_tokens.fetch_add(count, Ordering::Relaxed);
         let latency = match self.news {
             Some(last) => {
-                telemetry.inter_token(now, stats, now - last);
+                telemetry.inter_token(now, stats, now.saturating_duration_since(last));
                 if std::mem::take(&mut self.moved) {
-                    telemetry.gap(now - last);
+                    telemetry.gap(now.saturating_duration_since(last));
                 }
-                now - last
+                now.saturating_duration_since(last)
             }
             None => {
-                telemetry.first_token(now, stats, now - self.arrived);
-                now - self.began
+                telemetry.first_token(now, stats, now.saturating_duration_since(self.arrived));
+                now.saturating_duration_since(self.began)
             }
         };
         if let Some(ticket) = ticket {
