@@ -187,6 +187,48 @@ fn a_flood_delays_members_and_takes_no_memory() {
     drop(crowd);
 }
 
+/// Waits for something that another process does and that only looking shows.
+fn eventually<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
+    let deadline = Instant::now() + Duration::from_secs(30);
+    loop {
+        if let Some(found) = look() {
+            return found;
+        }
+        assert!(Instant::now() < deadline, "{what}");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+/// Those who run hear of a newcomer without calling anything, and later that the store is gone; a rejoin then says so at
+/// once instead of waiting for a store that may still come.
+#[test]
+fn rank_0_hears_of_newcomers_and_everyone_of_the_end_of_the_store() {
+    let store = store(1);
+    let mut first = Group::join(options(&store, KINDS[0])).unwrap();
+    assert_eq!(first.newcomers().unwrap(), 0);
+    assert!(first.fault().is_none());
+    let (mut first, mut second) = std::thread::scope(|scope| {
+        let second = scope.spawn(|| Group::join(options(&store, KINDS[0])).unwrap());
+        eventually("a newcomer", || first.newcomers().ok().filter(|count| *count == 1));
+        let first = first.rejoin().unwrap();
+        (first, second.join().unwrap())
+    });
+    assert_eq!((first.rank(), second.rank(), second.world_size()), (0, 1, 2));
+    assert_eq!((first.newcomers().unwrap(), second.newcomers().unwrap()), (0, 0));
+    drop(store);
+    for group in [&mut first, &mut second] {
+        let error = eventually("the end of the store", || group.newcomers().err());
+        assert!(matches!(error, Error::StoreGone { .. }), "{error}");
+    }
+    let started = Instant::now();
+    drop(second);
+    let left = eventually("that its peer left", || first.barrier().err());
+    assert_eq!(left.lost_rank(), Some(1), "{left}");
+    assert!(first.fault().is_some());
+    assert!(matches!(first.rejoin().unwrap_err(), Error::StoreGone { .. }));
+    assert!(started.elapsed() < Duration::from_secs(30));
+}
+
 #[test]
 fn nobody_comes_and_the_wait_ends() {
     let store = store(2);
