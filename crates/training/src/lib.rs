@@ -7,8 +7,10 @@
 pub mod checkpoint;
 pub mod data;
 mod error;
+pub mod job;
 mod optimizer;
 pub mod parallel;
+pub mod report;
 mod schedule;
 mod trainer;
 

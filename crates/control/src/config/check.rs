@@ -7,9 +7,9 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use super::Deadlines;
-use super::report::Problem;
-use super::section::Placed;
-use super::values::show;
+use consort_config::Problem;
+use consort_config::Placed;
+use consort_config::values::show;
 
 pub(super) fn timeouts(d: &Deadlines, problems: &mut Vec<Problem>) {
     let (connect, attempt, token) = (("connect", &d.connect), ("try", &d.attempt), ("token", &d.token));

@@ -5,23 +5,16 @@
 
 mod check;
 mod models;
-mod report;
-mod section;
-mod values;
 
 use std::ops::Range;
 use std::time::Duration;
 
-use consort_api::deployment::{Deployment, Hedging, Limits, Retries, Timeouts, TlsFiles};
-use toml::de::DeTable;
+use consort_api::deployment::{Balancing, Deployment, Hedging, Limits, Retries, Timeouts, TlsFiles};
+use toml::de::{DeTable, DeValue};
 
-pub use report::{Problem, Problems};
-use section::{Placed, Section};
-pub use values::parse_duration;
-use values::{address, balancing, bytes, count, duration, flag, share, text, texts};
-
-/// A longer file is refused unread: it can't be meant.
-pub const MOST_BYTES: usize = 1 << 20;
+use consort_config::values::{Wrong, address, bytes, count, duration, flag, kind, share, text, texts};
+pub use consort_config::{MOST_BYTES, Problem, Problems, parse_duration};
+use consort_config::{Placed, Section};
 
 const SECOND: Duration = Duration::from_secs(1);
 const DAY: Duration = Duration::from_secs(86_400);
@@ -31,31 +24,7 @@ const DAY: Duration = Duration::from_secs(86_400);
 /// # Errors
 /// [`Problems`]: everything that is wrong with it.
 pub fn read(file: &str, source: &str) -> Result<Deployment, Problems> {
-    let mut problems = Vec::new();
-    if source.len() > MOST_BYTES {
-        problems.push(Problem {
-            span: 0..0,
-            message: format!("the file has {} bytes", source.len()),
-            label: format!("at most {MOST_BYTES} are read"),
-            help: None,
-        });
-        return Err(Problems::new(file, "", problems));
-    }
-    let (table, errors) = DeTable::parse_recoverable(source);
-    for error in errors {
-        problems.push(Problem {
-            span: error.span().unwrap_or(0..0),
-            message: "this is not TOML".into(),
-            label: error.message().lines().next().unwrap_or_default().to_owned(),
-            help: None,
-        });
-    }
-    if !problems.is_empty() {
-        // What could be read of a broken file would only lead to errors that aren't there.
-        return Err(Problems::new(file, source, problems));
-    }
-    let deployment = deployment(table.get_ref(), source, &mut problems);
-    if problems.is_empty() { Ok(deployment) } else { Err(Problems::new(file, source, problems)) }
+    consort_config::read(file, source, |section, problems| deployment(section, source, problems))
 }
 
 /// The deadlines with their places, for the checks that compare them.
@@ -70,9 +39,8 @@ struct Deadlines {
     step: Placed<Duration>,
 }
 
-fn deployment(table: &DeTable<'_>, source: &str, problems: &mut Vec<Problem>) -> Deployment {
+fn deployment(mut file: Section<'_>, source: &str, problems: &mut Vec<Problem>) -> Deployment {
     let default = Deployment::default();
-    let mut file = Section::new("", table);
     let listen = file.get("listen", default.listen, problems, address);
     let page = file.get("page", default.page, problems, flag).value;
     let allowed_hosts = file.get("allowed_hosts", Vec::new(), problems, texts).value;
@@ -200,6 +168,17 @@ fn deadlines(section: Option<Section<'_>>, problems: &mut Vec<Problem>) -> Deadl
     };
     section.finish(problems);
     deadlines
+}
+
+/// A way to choose among replicas.
+fn balancing(value: &DeValue<'_>) -> Result<Balancing, Wrong> {
+    let names = Balancing::ALL.map(|way| format!("\"{}\"", way.name()));
+    let name = value.as_str().ok_or_else(|| {
+        (format!("expected a string, found {}", kind(value)), Some(format!("it may be {}", names.join(", "))))
+    })?;
+    Balancing::from_name(name).ok_or_else(|| {
+        ("there is no such way to balance".into(), Some(format!("it may be {}", names.join(", "))))
+    })
 }
 
 fn retries(mut section: Section<'_>, default: Retries, problems: &mut Vec<Problem>) -> Retries {

@@ -7,9 +7,9 @@ use std::time::Duration;
 use consort_api::deployment::{Autoscale, Canary, ModelDeployment, Version};
 use toml::de::DeValue;
 
-use super::report::Problem;
-use super::section::Section;
-use super::values::{Wrong, bytes, count, duration, flag, printable, share, text};
+use consort_config::Problem;
+use consort_config::Section;
+use consort_config::values::{Wrong, bytes, count, duration, flag, printable, share, text};
 
 /// More could not be meant for one machine.
 const MOST_MODELS: usize = 64;

@@ -95,6 +95,20 @@ impl Arena {
         Ok(())
     }
 
+    /// What [`Arena::bytes`] will be for micro-batches of up to `rows` rows with gradients. Saturates where nobody has that
+    /// much.
+    pub fn bytes_for(config: &ModelConfig, rows: usize, recompute: bool, dropout: bool) -> usize {
+        let (hidden, ffn, q) = (config.hidden, config.ffn, config.heads.saturating_mul(config.head_dim));
+        let qkv = q.saturating_add(config.kv_heads.saturating_mul(config.head_dim).saturating_mul(2));
+        let raw = if config.query_key_norm { qkv } else { 0 };
+        let all = |widths: &[usize]| widths.iter().fold(0usize, |sum, width| sum.saturating_add(*width));
+        let layer = all(&[hidden, raw, qkv, config.heads, q, hidden, hidden, ffn, ffn, ffn]);
+        let shared = all(&[hidden, if dropout { hidden } else { 0 }, hidden, hidden, ffn, q, qkv]);
+        let layers = layer.saturating_mul(if recompute { 1 } else { config.layers });
+        let states = hidden.saturating_mul(config.layers.saturating_add(1));
+        all(&[layers, states, shared]).saturating_mul(rows).saturating_mul(size_of::<f32>())
+    }
+
     /// Bytes of all buffers but the loss's (64 MiB at most, or one vector of rows).
     pub fn bytes(&self) -> usize {
         let layers = self.layers.iter().flat_map(|s| {
@@ -125,4 +139,24 @@ fn grow(buffer: &mut Buffer<f32>, rows: usize, width: usize) -> Result<(), Error
         *buffer = Buffer::zeroed(len)?;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::decoder::tests::tiny;
+    use super::*;
+
+    #[test]
+    fn what_it_will_take_is_what_it_takes() {
+        for family in ["llama", "qwen3"] {
+            let config = tiny(family);
+            for (recompute, dropout) in [(false, false), (true, false), (false, true), (true, true)] {
+                let mut arena = Arena::new();
+                arena.prepare(&config, 37, (recompute, dropout, true)).unwrap();
+                assert_eq!(arena.bytes(), Arena::bytes_for(&config, 37, recompute, dropout), "{family}");
+            }
+        }
+        let huge = ModelConfig { hidden: usize::MAX / 2, ..tiny("llama") };
+        assert_eq!(Arena::bytes_for(&huge, 1 << 20, false, true), usize::MAX);
+    }
 }

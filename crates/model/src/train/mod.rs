@@ -24,4 +24,4 @@ pub use consort_tensor::train::cross_entropy::Loss;
 pub use decoder::{Decoder, Options};
 pub use initial::Normal;
 pub use layout::{Gradients, Layout, Parameter};
-pub use save::{SavedType, save};
+pub use save::{SavedType, config_file, save, tokenizer_files};

@@ -73,6 +73,19 @@ pub fn save(
     })
 }
 
+/// `config.json` of a model saved so.
+pub fn config_file(config: &ModelConfig, saved_type: SavedType) -> Vec<u8> {
+    config_json(config, saved_type).to_string().into_bytes()
+}
+
+/// The files of a Hugging Face folder that say how the model's text becomes tokens, by name.
+///
+/// # Errors
+/// [`Error::Io`], and [`Error::Unsupported`] where a GGUF's tokenizer has no counterpart.
+pub fn tokenizer_files(opened: &Opened) -> Result<Vec<(String, Vec<u8>)>, Error> {
+    Ok(opened.tokenizer_files()?.into_iter().map(|(name, content)| (name.to_owned(), content)).collect())
+}
+
 /// A file under its final name once all of it is on the disk.
 fn write(
     folder: &Path,

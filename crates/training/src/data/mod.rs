@@ -13,6 +13,7 @@ mod error;
 mod order;
 mod pack;
 mod source;
+pub mod stories;
 mod vocabulary;
 
 use std::fs::File;
@@ -203,6 +204,18 @@ impl Dataset {
             (rows + piece.len() - 1, predicted + piece[1..].iter().filter(|&&p| p == 1).count())
         })
     }
+}
+
+/// What tells the content of these files and folders from other content.
+///
+/// # Errors
+/// [`DataError::Io`], [`DataError::Empty`] for a folder without files that can be learned from.
+pub fn fingerprint(paths: &[PathBuf]) -> Result<String, DataError> {
+    let mut hasher = blake3::Hasher::new();
+    for path in source::files(paths)? {
+        hasher.update(hash_file(&path).map_err(DataError::io(&path))?.as_bytes());
+    }
+    Ok(hasher.finalize().to_hex().to_string())
 }
 
 /// The name of the cache.

@@ -3,18 +3,18 @@
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use consort_api::deployment::Balancing;
 use toml::de::DeValue;
 
 /// What is wrong with a value, and what would be right.
-pub(super) type Wrong = (String, Option<String>);
+pub type Wrong = (String, Option<String>);
 
 /// Someone else's text in a message of ours.
-pub(super) fn printable(text: &str) -> String {
+pub fn printable(text: &str) -> String {
     text.chars().filter(|c| !c.is_control()).take(64).collect()
 }
 
-pub(super) fn kind(value: &DeValue<'_>) -> &'static str {
+/// What a value is, for messages.
+pub fn kind(value: &DeValue<'_>) -> &'static str {
     match value {
         DeValue::String(_) => "a string",
         DeValue::Integer(_) => "a whole number",
@@ -31,21 +31,12 @@ fn not(wanted: &str, value: &DeValue<'_>, example: &str) -> Wrong {
 }
 
 /// `true` or `false`.
-pub(super) fn flag(value: &DeValue<'_>) -> Result<bool, Wrong> {
+pub fn flag(value: &DeValue<'_>) -> Result<bool, Wrong> {
     value.as_bool().ok_or_else(|| not("true or false", value, "true"))
 }
 
-/// A way to choose among replicas.
-pub(super) fn balancing(value: &DeValue<'_>) -> Result<Balancing, Wrong> {
-    let names = Balancing::ALL.map(|way| format!("\"{}\"", way.name()));
-    let name = value.as_str().ok_or_else(|| not("a string", value, &names[0]))?;
-    Balancing::from_name(name).ok_or_else(|| {
-        ("there is no such way to balance".into(), Some(format!("it may be {}", names.join(", "))))
-    })
-}
-
 /// A string that isn't empty.
-pub(super) fn text(value: &DeValue<'_>) -> Result<String, Wrong> {
+pub fn text(value: &DeValue<'_>) -> Result<String, Wrong> {
     match value.as_str() {
         Some("") => Err(("this is empty".into(), None)),
         Some(text) if text.chars().any(char::is_control) => {
@@ -58,13 +49,13 @@ pub(super) fn text(value: &DeValue<'_>) -> Result<String, Wrong> {
 }
 
 /// A list of strings.
-pub(super) fn texts(value: &DeValue<'_>) -> Result<Vec<String>, Wrong> {
+pub fn texts(value: &DeValue<'_>) -> Result<Vec<String>, Wrong> {
     let list = value.as_array().ok_or_else(|| not("a list of strings", value, "[\"one\", \"two\"]"))?;
     list.iter().map(|item| text(item.get_ref())).collect()
 }
 
 /// A whole number from `low` to `high`.
-pub(super) fn whole(low: u64, high: u64) -> impl Fn(&DeValue<'_>) -> Result<u64, Wrong> {
+pub fn whole(low: u64, high: u64) -> impl Fn(&DeValue<'_>) -> Result<u64, Wrong> {
     move |value| {
         let number =
             value.as_integer().ok_or_else(|| not("a whole number", value, &low.max(1).to_string()))?;
@@ -76,13 +67,13 @@ pub(super) fn whole(low: u64, high: u64) -> impl Fn(&DeValue<'_>) -> Result<u64,
 }
 
 /// The same in 32 bits.
-pub(super) fn count(low: u32, high: u32) -> impl Fn(&DeValue<'_>) -> Result<u32, Wrong> {
+pub fn count(low: u32, high: u32) -> impl Fn(&DeValue<'_>) -> Result<u32, Wrong> {
     let read = whole(low.into(), high.into());
     move |value| read(value).map(|n| u32::try_from(n).unwrap_or(high))
 }
 
 /// A number from `low` to `high`, whole or not.
-pub(super) fn share(low: f64, high: f64) -> impl Fn(&DeValue<'_>) -> Result<f64, Wrong> {
+pub fn share(low: f64, high: f64) -> impl Fn(&DeValue<'_>) -> Result<f64, Wrong> {
     move |value| {
         let text = match value {
             DeValue::Integer(number) if number.radix() == 10 => number.as_str(),
@@ -94,8 +85,28 @@ pub(super) fn share(low: f64, high: f64) -> impl Fn(&DeValue<'_>) -> Result<f64,
     }
 }
 
+/// One of some words, and what it stands for.
+pub fn choice<T: Copy>(words: &'static [(&'static str, T)]) -> impl Fn(&DeValue<'_>) -> Result<T, Wrong> {
+    move |value| {
+        let all = || words.iter().map(|(word, _)| format!("\"{word}\"")).collect::<Vec<_>>().join(", ");
+        let Some(text) = value.as_str() else {
+            return Err((format!("expected a string, found {}", kind(value)), Some(format!("write one of {}", all()))));
+        };
+        let found = words.iter().find(|(word, _)| *word == text);
+        found.map(|(_, meaning)| *meaning).ok_or_else(|| {
+            let near = words.iter().map(|(word, _)| (strsim::jaro_winkler(word, text), *word));
+            let near = near.max_by(|a, b| a.0.total_cmp(&b.0)).filter(|(likeness, _)| *likeness > 0.75);
+            let help = match near {
+                Some((_, word)) => format!("did you mean \"{word}\"?"),
+                None => format!("write one of {}", all()),
+            };
+            (format!("there is no \"{}\" here", printable(text)), Some(help))
+        })
+    }
+}
+
 /// A time: `"500ms"`, `"30s"`, `"5m"`, `"1h"`.
-pub(super) fn duration(low: Duration, high: Duration) -> impl Fn(&DeValue<'_>) -> Result<Duration, Wrong> {
+pub fn duration(low: Duration, high: Duration) -> impl Fn(&DeValue<'_>) -> Result<Duration, Wrong> {
     move |value| {
         let text = match value {
             DeValue::String(text) => text.as_ref(),
@@ -137,7 +148,7 @@ pub fn parse_duration(text: &str) -> Option<Duration> {
 }
 
 /// A time for people: `1500ms`, `5m`.
-pub(super) fn show(time: Duration) -> String {
+pub fn show(time: Duration) -> String {
     let ms = time.as_millis();
     match ms {
         0 => "0s".to_owned(),
@@ -149,7 +160,7 @@ pub(super) fn show(time: Duration) -> String {
 }
 
 /// Bytes: a whole number, or `"512M"`, `"2GiB"` (powers of 1024).
-pub(super) fn bytes(low: u64, high: u64) -> impl Fn(&DeValue<'_>) -> Result<u64, Wrong> {
+pub fn bytes(low: u64, high: u64) -> impl Fn(&DeValue<'_>) -> Result<u64, Wrong> {
     move |value| {
         let read = match value {
             DeValue::Integer(_) => return whole(low, high)(value),
@@ -181,7 +192,7 @@ fn parse_bytes(text: &str) -> Option<u64> {
 }
 
 /// An address and port.
-pub(super) fn address(value: &DeValue<'_>) -> Result<SocketAddr, Wrong> {
+pub fn address(value: &DeValue<'_>) -> Result<SocketAddr, Wrong> {
     let text = text(value)?;
     let plain = text.strip_prefix("localhost:").map_or(text.clone(), |port| format!("127.0.0.1:{port}"));
     plain.parse().map_err(|_| {

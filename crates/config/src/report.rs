@@ -44,7 +44,8 @@ const MOST_SHOWN: usize = 20;
 const MOST_COLUMNS: usize = 160;
 
 impl Problems {
-    pub(crate) fn new(file: &str, source: &str, mut problems: Vec<Problem>) -> Problems {
+    /// The problems of a file called `file` whose text is `source`; there is at least one.
+    pub fn new(file: &str, source: &str, mut problems: Vec<Problem>) -> Problems {
         problems.sort_by_key(|p| p.span.start);
         let places = problems.iter().map(|p| place(source, p.span.start)).collect();
         let mut text = String::new();

@@ -8,11 +8,11 @@ use std::ops::Range;
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
-use super::report::Problem;
-use super::values::{Wrong, kind, printable};
+use crate::report::Problem;
+use crate::values::{Wrong, kind, printable};
 
 /// A table being read.
-pub(super) struct Section<'a> {
+pub struct Section<'a> {
     /// As in its header: `models.chat`; empty for the file itself.
     path: String,
     table: &'a DeTable<'a>,
@@ -21,18 +21,21 @@ pub(super) struct Section<'a> {
 
 /// A value and where it stands; the place is missing for defaults.
 #[derive(Clone, Debug)]
-pub(super) struct Placed<T> {
-    pub(super) value: T,
-    pub(super) span: Option<Range<usize>>,
+pub struct Placed<T> {
+    /// What it is.
+    pub value: T,
+    /// Where, in bytes of the file.
+    pub span: Option<Range<usize>>,
 }
 
 impl<'a> Section<'a> {
-    pub(super) fn new(path: impl Into<String>, table: &'a DeTable<'a>) -> Section<'a> {
+    /// The table under that path.
+    pub fn new(path: impl Into<String>, table: &'a DeTable<'a>) -> Section<'a> {
         Section { path: path.into(), table, asked: Vec::new() }
     }
 
     /// For messages: `[models.chat]`.
-    pub(super) fn name(&self) -> String {
+    pub fn name(&self) -> String {
         if self.path.is_empty() { "the file".to_owned() } else { format!("[{}]", self.path) }
     }
 
@@ -42,7 +45,7 @@ impl<'a> Section<'a> {
     }
 
     /// The table under `key`, for a section of its own.
-    pub(super) fn table(&mut self, key: &'static str, problems: &mut Vec<Problem>) -> Option<Section<'a>> {
+    pub fn table(&mut self, key: &'static str, problems: &mut Vec<Problem>) -> Option<Section<'a>> {
         let value = self.find(key)?;
         let path = if self.path.is_empty() { key.to_owned() } else { format!("{}.{key}", self.path) };
         if let DeValue::Table(table) = value.get_ref() {
@@ -58,13 +61,13 @@ impl<'a> Section<'a> {
     }
 
     /// Every entry of this section, where names are the user's own: name, its place, and what it is.
-    pub(super) fn entries(&self) -> impl Iterator<Item = (&'a str, Range<usize>, &'a Spanned<DeValue<'a>>)> {
+    pub fn entries(&self) -> impl Iterator<Item = (&'a str, Range<usize>, &'a Spanned<DeValue<'a>>)> {
         let table = self.table;
         table.iter().map(|(key, value)| (key.get_ref().as_ref(), key.span(), value))
     }
 
     /// A value read by `read`, or `default`.
-    pub(super) fn get<T>(
+    pub fn get<T>(
         &mut self,
         key: &'static str,
         default: T,
@@ -83,12 +86,27 @@ impl<'a> Section<'a> {
     }
 
     /// Whether the table holds `key`, right or wrong.
-    pub(super) fn has(&self, key: &str) -> bool {
+    pub fn has(&self, key: &str) -> bool {
         self.table.iter().any(|(k, _)| k.get_ref() == key)
     }
 
+    /// Where the value of `key` stands; the beginning of the file where it doesn't.
+    pub fn place(&self, key: &str) -> Range<usize> {
+        self.table.iter().find(|(k, _)| k.get_ref() == key).map_or(0..0, |(k, value)| k.span().start..value.span().end)
+    }
+
+    /// Where the table's first key stands, for what is missing in it.
+    pub fn header(&self) -> Range<usize> {
+        self.table.iter().map(|(key, _)| key.span()).min_by_key(|span| span.start).unwrap_or(0..0)
+    }
+
+    /// These keys exist, whether they are asked for or not.
+    pub fn know(&mut self, keys: &[&'static str]) {
+        self.asked.extend(keys);
+    }
+
     /// Names the keys that nothing asked for.
-    pub(super) fn finish(self, problems: &mut Vec<Problem>) {
+    pub fn finish(self, problems: &mut Vec<Problem>) {
         for (key, _) in self.table.iter() {
             let name = key.get_ref().as_ref();
             if self.asked.contains(&name) {
