@@ -1,7 +1,8 @@
 //! Every environment variable this program reads, and nothing else reads any.
 //!
 //! Ours begin with `CONSORT_`. A few of other tools' are honoured so that a machine set up for them needs no more:
-//! `HF_TOKEN`, `OTEL_EXPORTER_OTLP_ENDPOINT`, `_CERTIFICATE` and `_HEADERS`, `PIP_INDEX_URL`, `XDG_CACHE_HOME`,
+//! `HF_TOKEN`, `AWS_…` for checkpoints in a bucket, the ranks of Slurm, Open MPI and torchrun with `MASTER_ADDR` and
+//! `MASTER_PORT`, `OTEL_EXPORTER_OTLP_ENDPOINT`, `_CERTIFICATE` and `_HEADERS`, `PIP_INDEX_URL`, `XDG_CACHE_HOME`,
 //! `XDG_STATE_HOME`, `NO_COLOR`. (The HTTP client honours `HTTPS_PROXY` and kin, the TLS roots `SSL_CERT_FILE`.)
 
 use std::path::PathBuf;
@@ -67,6 +68,34 @@ pub(crate) fn bench_rank() -> Option<(String, String)> {
 /// Makes `command` such a rank.
 pub(crate) fn for_bench_rank(command: &mut std::process::Command, store: &str, token: &str) {
     command.env(BENCH_STORE, store).env(BENCH_TOKEN, token);
+}
+
+/// The token of a training job, where it isn't made up: `CONSORT_TRAIN_TOKEN`.
+pub(crate) fn train_token() -> Option<String> {
+    var("CONSORT_TRAIN_TOKEN")
+}
+
+/// What a cluster's starter says of this process.
+pub(crate) fn rank() -> Result<Option<crate::train::ranks::Rank>, crate::cli::UsageError> {
+    crate::train::ranks::rank(var)
+}
+
+/// Makes `command` no rank of this process's starter.
+pub(crate) fn not_a_rank(command: &mut std::process::Command) {
+    for name in crate::train::ranks::VARIABLES {
+        command.env_remove(name);
+    }
+}
+
+/// Where the first of several processes listens: `MASTER_ADDR` and `MASTER_PORT`, as torchrun sets them.
+pub(crate) fn master() -> Option<(String, u16)> {
+    Some((var("MASTER_ADDR")?, var("MASTER_PORT")?.parse().ok()?))
+}
+
+/// Credentials, region and endpoint of a bucket, under AWS's names.
+pub(crate) fn s3_options() -> Vec<(String, String)> {
+    let known = |name: &String| name.starts_with("AWS_");
+    std::env::vars().filter(|(name, _)| known(name)).map(|(name, value)| (name.to_ascii_lowercase(), value)).collect()
 }
 
 /// The key of a server, for serving and for asking: `CONSORT_API_KEY`.

@@ -12,6 +12,7 @@ mod settings;
 mod signals;
 mod supervised;
 mod terminal;
+mod train;
 mod up;
 
 use std::process::ExitCode;

@@ -30,6 +30,7 @@ mod worker;
 
 pub use engine::{Engine, EngineOptions, Stats};
 pub use hash_runner::HashRunner;
+pub use memory::machine_memory;
 pub use request::{Event, FinishReason, Request, Sampling, Submission, SubmitError, TokenEvent, Usage};
 pub use runner::Runner;
 pub use stats::{STEP_ROW_BOUNDS, StepRows};

@@ -32,16 +32,21 @@ pub(crate) fn cache_blocks(model: &Model, options: &EngineOptions) -> Result<usi
     Ok(blocks.min(u32::MAX as usize))
 }
 
-/// The memory this process may use: the machine's, or its control group's limit if that is less.
-fn memory_bytes() -> usize {
+/// The memory that a process may use: the machine's, or its control group's limit if that is less; `None` where the
+/// system doesn't say.
+pub fn machine_memory() -> Option<usize> {
     let machine = std::fs::read_to_string("/proc/meminfo").ok().and_then(|text| total_of(&text));
     let group = ["/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"]
         .iter()
         .find_map(|path| std::fs::read_to_string(path).ok()?.trim().parse().ok());
     match (machine, group) {
-        (Some(machine), Some(group)) => machine.min(group),
-        (machine, group) => machine.or(group).unwrap_or(ASSUMED_BYTES),
+        (Some(machine), Some(group)) => Some(machine.min(group)),
+        (machine, group) => machine.or(group),
     }
+}
+
+fn memory_bytes() -> usize {
+    machine_memory().unwrap_or(ASSUMED_BYTES)
 }
 
 /// `MemTotal` of `/proc/meminfo`, which counts in KiB.

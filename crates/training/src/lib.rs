@@ -14,7 +14,10 @@ pub mod report;
 mod schedule;
 mod trainer;
 
-pub use consort_model::train::{Decoder, Gradients, Layout, Loss, MicroBatch, Normal, Options, Precision};
+pub use consort_model::train::{
+    Decoder, Gradients, Layout, Loss, MicroBatch, Normal, Options, Precision, SavedType, config_file, export_gguf,
+    save,
+};
 pub use error::Error;
 pub use optimizer::{Optimizer, OptimizerConfig};
 pub use schedule::{Decay, Schedule};

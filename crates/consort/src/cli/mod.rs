@@ -6,9 +6,10 @@ mod key;
 mod models;
 mod pull;
 mod rollout;
-mod run;
+pub(crate) mod run;
 mod serve;
 mod status;
+mod train;
 mod up;
 
 use std::time::Instant;
@@ -52,6 +53,8 @@ enum Command {
     Rollout(rollout::Rollout),
     /// API keys: make, list and revoke them
     Key(key::Key),
+    /// Train a language model on several processes, or fine-tune one
+    Train(Box<train::Train>),
     /// Fetch a model
     Pull(pull::Pull),
     /// List, verify and remove models
@@ -86,6 +89,7 @@ impl Cli {
             Command::Status(status) => status.run(),
             Command::Rollout(rollout) => rollout.run(),
             Command::Key(key) => key.run(),
+            Command::Train(train) => train.run(),
             Command::Pull(pull) => pull.run(),
             Command::Models(models) => models.run(),
             Command::Bench(bench) => bench.run(),

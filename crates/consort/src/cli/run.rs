@@ -4,7 +4,7 @@
 //! no line editor: the process reads the weights, answers and ends.
 
 mod chat;
-mod session;
+pub(crate) mod session;
 
 use std::io::{IsTerminal, Read};
 use std::time::Instant;

@@ -5,7 +5,7 @@
 //! listens is told through a file in the job's folder, which all of them see, or named by `MASTER_ADDR` and
 //! `MASTER_PORT`.
 
-use super::Failure;
+use crate::cli::UsageError;
 
 /// This process among those that a starter started.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -22,11 +22,14 @@ pub(crate) struct Rank {
     pub(crate) run: String,
 }
 
+/// Variables that make a process one of several.
+pub(crate) const VARIABLES: [&str; 3] = ["SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_RANK", "RANK"];
+
 /// Reads it from variables; `None` where nobody started this process as one of several.
 ///
 /// # Errors
 /// Which variable makes no sense.
-pub(crate) fn rank(get: impl Fn(&str) -> Option<String>) -> Result<Option<Rank>, Failure> {
+pub(crate) fn rank(get: impl Fn(&str) -> Option<String>) -> Result<Option<Rank>, UsageError> {
     let starters = [
         // The ids of srun's step: a batch script itself has SLURM_PROCID too, but no step of its own.
         ("srun", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_STEP_TASKS_PER_NODE", &["SLURM_JOB_ID", "SLURM_STEP_ID"][..]),
@@ -37,12 +40,12 @@ pub(crate) fn rank(get: impl Fn(&str) -> Option<String>) -> Result<Option<Rank>,
         let number = |name: &str| match get(name) {
             None => Ok(None),
             Some(text) => text.trim().parse::<usize>().map(Some).map_err(|_| {
-                Failure::usage(format!("{name} is {text:?}, which is no number; {starter} sets it"))
+                UsageError(format!("{name} is {text:?}, which is no number; {starter} sets it"))
             }),
         };
         let (Some(rank), Some(world_size)) = (number(rank)?, number(size)?) else { continue };
         if rank >= world_size || world_size > 4096 {
-            return Err(Failure::usage(format!(
+            return Err(UsageError(format!(
                 "{starter} says that this is process {rank} of {world_size}: numbers go from 0 to 4095, below their count"
             )));
         }
@@ -61,7 +64,7 @@ pub(crate) fn rank(get: impl Fn(&str) -> Option<String>) -> Result<Option<Rank>,
 mod tests {
     use super::*;
 
-    fn read(variables: &[(&str, &str)]) -> Result<Option<Rank>, Failure> {
+    fn read(variables: &[(&str, &str)]) -> Result<Option<Rank>, UsageError> {
         rank(|name| variables.iter().find(|(n, _)| *n == name).map(|(_, value)| (*value).to_owned()))
     }
 

@@ -104,6 +104,38 @@ fn pre_tokenizer(splitter: Splitter) -> Value {
     }
 }
 
+/// What GGUF calls the way in which a `tokenizer.json` cuts words; `None` where it has no name for it.
+pub(crate) fn pre_tokenizer_name(json: &Value) -> Option<&'static str> {
+    let named = [
+        ("gpt-2", Splitter::Gpt2),
+        ("smollm", Splitter::Smollm),
+        ("llama-bpe", Splitter::Llama3),
+        ("qwen2", Splitter::Qwen2),
+    ];
+    // Offsets are of no matter for tokens, and files leave defaults out.
+    let plain = |json: &Value| {
+        let mut json = json.clone();
+        for step in steps(&mut json) {
+            step.remove("trim_offsets");
+            step.entry("use_regex").or_insert(true.into());
+        }
+        json
+    };
+    let wanted = plain(json);
+    named.into_iter().find(|(_, splitter)| plain(&pre_tokenizer(*splitter)) == wanted).map(|(name, _)| name)
+}
+
+/// The steps of a pre-tokenizer that are byte-level ones.
+fn steps(json: &mut Value) -> Vec<&mut Map<String, Value>> {
+    let byte_level = |step: &&mut Map<String, Value>| step.get("type").is_some_and(|t| t == "ByteLevel");
+    let Some(object) = json.as_object_mut() else { return Vec::new() };
+    if object.get("type").is_some_and(|t| t == "Sequence") {
+        let list = object.get_mut("pretokenizers").and_then(Value::as_array_mut);
+        return list.into_iter().flatten().filter_map(Value::as_object_mut).filter(byte_level).collect();
+    }
+    Some(object).into_iter().filter(byte_level).collect()
+}
+
 /// Every text begins with this token.
 fn begins_with((text, id): (&str, u32)) -> Value {
     let token = json!({"SpecialToken": {"id": text, "type_id": 0}});

@@ -56,6 +56,40 @@ pub fn load(
     Err(Error::Checkpoint(format!("no checkpoint is good: {}", refused.join("; "))))
 }
 
+/// Steps of the checkpoints at `location` that have a manifest, ascending; whether they are good, [`load`] finds out.
+///
+/// # Errors
+/// [`Error::Checkpoint`] where the place can't be read.
+pub fn steps(location: &str, options: &[(String, String)]) -> Result<Vec<u64>, Error> {
+    let names = names(location, options)?.1;
+    let complete = names.iter().filter_map(|name| name.strip_suffix(MANIFEST)?.strip_suffix('/'));
+    let mut steps: Vec<u64> = complete.filter_map(step_of).collect();
+    steps.sort_unstable();
+    Ok(steps)
+}
+
+/// Removes every checkpoint at `location`, manifests first, and parts of ones that were never complete.
+///
+/// # Errors
+/// [`Error::Checkpoint`] where the place can't be read or a file can't be removed.
+pub fn remove(location: &str, options: &[(String, String)]) -> Result<(), Error> {
+    let (store, names) = names(location, options)?;
+    let ours = |name: &&String| name.split_once('/').is_some_and(|(folder, _)| step_of(folder).is_some());
+    let (manifests, others): (Vec<&String>, Vec<&String>) =
+        names.iter().filter(ours).partition(|name| name.ends_with(MANIFEST));
+    for name in manifests.into_iter().chain(others) {
+        store.remove(name).map_err(|error| Error::Checkpoint(format!("{location}/{name}: {error}")))?;
+    }
+    Ok(())
+}
+
+fn names(location: &str, options: &[(String, String)]) -> Result<(Store, Vec<String>), Error> {
+    let fail = |error: std::io::Error| Error::Checkpoint(format!("{location}: {error}"));
+    let store = Store::open(location, options).map_err(fail)?;
+    let names = store.list().map_err(fail)?;
+    Ok((store, names))
+}
+
 /// Loads one checkpoint.
 ///
 /// # Errors

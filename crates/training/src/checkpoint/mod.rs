@@ -23,7 +23,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-pub use load::{Loaded, load};
+pub use load::{Loaded, load, remove, steps};
 pub use writer::{Event, Writer};
 
 /// Bytes of tensors in one file, about.

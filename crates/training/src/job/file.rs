@@ -2,13 +2,16 @@
 
 use std::ops::Range;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
-use consort_config::values::{Wrong, bytes, choice, count, flag, share, text, texts, whole};
+use consort_config::values::{Wrong, bytes, choice, count, duration, flag, printable, share, text, texts, whole};
 use consort_config::{Placed, Problem, Problems, Section};
-use consort_model::train::Precision;
+use consort_collectives::Algorithm;
+use consort_model::train::{Precision, SavedType};
 
 use super::{Checkpoints, Data, Family, GgufType, Job, Length, ModelSource, Rates, Shape, Train};
 use crate::data::{BadLines, TextDocuments};
+use crate::parallel::{Outer, Wire};
 use crate::{Decay, OptimizerConfig};
 
 const WORDS_OF_TEXT: &[(&str, TextDocuments)] =
@@ -39,6 +42,9 @@ fn job(mut file: Section<'_>, source: &str, beside: &Path, problems: &mut Vec<Pr
     let seed = file.get("seed", 1, problems, whole(0, i64::MAX as u64)).value;
     let workers = file.get("workers", 1, problems, count(1, 1024)).value as usize;
     let threads = file.get("threads", None, problems, |value| count(1, 4096)(value).map(Some)).value;
+    let saved = &[("f32", SavedType::F32), ("bf16", SavedType::Bf16)];
+    let save = file.get("save", SavedType::Bf16, problems, choice(saved)).value;
+    let prompts = file.get("prompts", Vec::new(), problems, texts).value;
     let gguf = file.get("gguf", None, problems, |value| choice(WORDS_OF_GGUF)(value).map(Some)).value;
     let model = match file.table("model", problems) {
         Some(section) => model(section, problems),
@@ -100,7 +106,9 @@ fn job(mut file: Section<'_>, source: &str, beside: &Path, problems: &mut Vec<Pr
         optimizer,
         schedule,
         checkpoints,
+        save,
         gguf,
+        prompts,
     }
 }
 
@@ -237,8 +245,27 @@ fn train(mut section: Section<'_>, problems: &mut Vec<Problem>) -> Train {
     // 0 clips nothing.
     let clip = section.get("clip", 1.0, problems, share(0.0, 1e9)).value;
     let exact = section.get("exact", true, problems, flag).value;
+    let wires = &[("f32", Wire::F32), ("bf16", Wire::Bf16), ("int8", Wire::Int8)];
+    let wire = section.get("wire", Wire::F32, problems, choice(wires));
+    let algorithm = section.get("algorithm", None, problems, algorithm).value;
+    let (second, day) = (Duration::from_secs(1), Duration::from_secs(86_400));
+    let deadline = section.get("deadline", default.deadline, problems, duration(second, day));
+    let silence = section.get("silence", default.silence, problems, duration(second / 2, day)).value;
+    let outer = section.table("local_steps", problems).map(|table| (table.header(), local_steps(table, problems)));
     let (asked, header) = (section.has("steps") || section.has("epochs"), section.header());
     section.finish(problems);
+    let inexact = [
+        (wire.value != Wire::F32).then(|| (wire.span.clone(), "rounding on the way")),
+        outer.as_ref().map(|(span, _)| (Some(span.clone()), "steps that workers take by themselves")),
+    ];
+    for (span, what) in inexact.into_iter().flatten().filter(|_| exact) {
+        problems.push(Problem {
+            span: span.unwrap_or(0..0),
+            message: format!("{what} with exact sums"),
+            label: "who computed what would change the result".into(),
+            help: Some("set `exact = false` in [train] to allow that, or remove this".into()),
+        });
+    }
     match (&steps.value, &epochs.value) {
         (Some(_), Some(_)) => problems.push(Problem {
             span: epochs.span.clone().unwrap_or(0..0),
@@ -270,6 +297,11 @@ fn train(mut section: Section<'_>, problems: &mut Vec<Problem>) -> Train {
         dropout,
         clip: (clip > 0.0).then_some(clip),
         exact,
+        wire: wire.value,
+        algorithm,
+        outer: outer.map(|(_, outer)| outer),
+        deadline: deadline.value,
+        silence,
     }
 }
 
@@ -299,6 +331,26 @@ fn divides(
 
 fn precision(value: &toml::de::DeValue<'_>) -> Result<Precision, Wrong> {
     choice(&[("f32", Precision::F32), ("bf16", Precision::Bf16)])(value)
+}
+
+fn algorithm(value: &toml::de::DeValue<'_>) -> Result<Option<Algorithm>, Wrong> {
+    let name = text(value)?;
+    Algorithm::by_name(&name).map(Some).ok_or_else(|| {
+        let names: Vec<&str> = Algorithm::ALL.into_iter().map(Algorithm::name).collect();
+        (format!("there is no \"{}\" here", printable(&name)), Some(format!("write one of {}", names.join(", "))))
+    })
+}
+
+fn local_steps(mut section: Section<'_>, problems: &mut Vec<Problem>) -> Outer {
+    let default = Outer::default();
+    let outer = Outer {
+        every: section.get("every", default.every, problems, whole(1, 1 << 32)).value,
+        learning_rate: section.get("learning_rate", f64::from(default.learning_rate), problems, share(1e-6, 10.0)).value
+            as f32,
+        momentum: section.get("momentum", f64::from(default.momentum), problems, share(0.0, 0.999)).value as f32,
+    };
+    section.finish(problems);
+    outer
 }
 
 fn optimizer(mut section: Section<'_>, problems: &mut Vec<Problem>) -> OptimizerConfig {
@@ -364,6 +416,11 @@ impl Default for Train {
             dropout: 0.0,
             clip: Some(1.0),
             exact: true,
+            wire: Wire::F32,
+            algorithm: None,
+            outer: None,
+            deadline: Duration::from_secs(600),
+            silence: Duration::from_secs(5),
         }
     }
 }

@@ -8,14 +8,17 @@ mod file;
 mod plan;
 
 use std::path::PathBuf;
+use std::time::Duration;
 
+use consort_collectives::Algorithm;
 use consort_model::ModelConfig;
 use consort_model::arch::RopeConfig;
-use consort_model::train::Precision;
+use consort_model::train::{Precision, SavedType};
 use consort_tensor::activation::Activation;
 use serde::{Deserialize, Serialize};
 
 use crate::data::{BadLines, TextDocuments};
+use crate::parallel::{Outer, Wire};
 use crate::{Decay, OptimizerConfig, Schedule};
 
 pub use file::read;
@@ -45,8 +48,12 @@ pub struct Job {
     pub schedule: Rates,
     /// When the job's state is kept.
     pub checkpoints: Checkpoints,
+    /// How the result's weights are stored.
+    pub save: SavedType,
     /// A GGUF file beside the result.
     pub gguf: Option<GgufType>,
+    /// What the report shows the model's answers to.
+    pub prompts: Vec<String>,
 }
 
 /// Where the weights begin.
@@ -124,6 +131,16 @@ pub struct Train {
     pub clip: Option<f64>,
     /// Sums of gradients don't depend on who computed them and in what order: the same weights for any number of workers.
     pub exact: bool,
+    /// How gradients travel, where sums are not exact.
+    pub wire: Wire,
+    /// The algorithm that adds them; `None` lets the length decide.
+    pub algorithm: Option<Algorithm>,
+    /// Steps that workers take by themselves, where sums are not exact.
+    pub outer: Option<Outer>,
+    /// How long a call of the group may take; longer than a worker computes in a step.
+    pub deadline: Duration,
+    /// How long a worker may say nothing before the others go on without it.
+    pub silence: Duration,
 }
 
 /// How long a job is.

@@ -14,23 +14,23 @@ use crate::loading::Loaded;
 
 /// How answers are picked and how long they get.
 #[derive(Clone, Debug)]
-pub(super) struct Limits {
-    pub(super) temperature: f32,
-    pub(super) top_p: f32,
-    pub(super) seed: Option<u64>,
-    pub(super) max_tokens: Option<usize>,
+pub(crate) struct Limits {
+    pub(crate) temperature: f32,
+    pub(crate) top_p: f32,
+    pub(crate) seed: Option<u64>,
+    pub(crate) max_tokens: Option<usize>,
 }
 
 /// A model and what was said so far.
-pub(super) struct Session {
-    pub(super) loaded: Loaded,
+pub(crate) struct Session {
+    pub(crate) loaded: Loaded,
     limits: Limits,
     system: Option<String>,
     messages: Vec<Value>,
 }
 
 /// An answer under way.
-pub(super) struct Answer<'a> {
+pub(crate) struct Answer<'a> {
     session: &'a mut Session,
     submission: Submission,
     decoder: StreamDecoder,
@@ -46,7 +46,7 @@ pub(super) struct Answer<'a> {
 
 /// A finished answer.
 #[derive(Debug)]
-pub(super) struct Done {
+pub(crate) struct Done {
     text: String,
     reason: FinishReason,
     /// It has as many tokens as `--max-tokens` allows.
@@ -59,17 +59,17 @@ pub(super) struct Done {
 }
 
 impl Session {
-    pub(super) fn new(loaded: Loaded, system: Option<String>, limits: Limits) -> Session {
+    pub(crate) fn new(loaded: Loaded, system: Option<String>, limits: Limits) -> Session {
         Session { loaded, limits, system, messages: Vec::new() }
     }
 
     /// Forgets the conversation.
-    pub(super) fn reset(&mut self) {
+    pub(crate) fn reset(&mut self) {
         self.messages.clear();
     }
 
     /// Sets or clears the system prompt and starts over.
-    pub(super) fn set_system(&mut self, system: Option<String>) {
+    pub(crate) fn set_system(&mut self, system: Option<String>) {
         self.system = system;
         self.reset();
     }
@@ -82,7 +82,7 @@ impl Session {
     }
 
     /// Asks; the answer comes through [`Answer`].
-    pub(super) fn ask(&mut self, text: &str) -> Result<Answer<'_>> {
+    pub(crate) fn ask(&mut self, text: &str) -> Result<Answer<'_>> {
         let asked = Instant::now();
         self.messages.push(json!({ "role": "user", "content": text }));
         let submitted = self.prompt(text).and_then(|prompt| {
@@ -168,12 +168,12 @@ impl Session {
 
 impl Answer<'_> {
     /// Where the engine's events arrive.
-    pub(super) fn events(&mut self) -> &mut Receiver<Event> {
+    pub(crate) fn events(&mut self) -> &mut Receiver<Event> {
         &mut self.submission.events
     }
 
     /// Takes an event; returns the text it completes.
-    pub(super) fn take(&mut self, event: Event) -> Result<String> {
+    pub(crate) fn take(&mut self, event: Event) -> Result<String> {
         let tokenizer = &self.session.loaded.tokenizer;
         let text = match event {
             Event::Started { cached_tokens } => {
@@ -204,7 +204,7 @@ impl Answer<'_> {
     }
 
     /// Ends the answer, whether it ran to its end or is stopped here; what was said becomes part of the conversation.
-    pub(super) fn finish(self) -> Result<Done> {
+    pub(crate) fn finish(self) -> Result<Done> {
         let limits = &self.session.limits;
         let limited = limits.max_tokens.is_some_and(|most| self.usage.completion_tokens >= most);
         if self.text.is_empty() {
@@ -227,7 +227,7 @@ impl Answer<'_> {
 
 impl Done {
     /// Why the answer ended before its end, and what allows more.
-    pub(super) fn cut_short(&self) -> Option<&'static str> {
+    pub(crate) fn cut_short(&self) -> Option<&'static str> {
         match self.reason {
             FinishReason::Length if self.limited => {
                 Some("stopped at the longest answer; --max-tokens allows more")
@@ -246,7 +246,7 @@ impl Done {
     }
 
     /// One line of figures for a person.
-    pub(super) fn figures(&self) -> String {
+    pub(crate) fn figures(&self) -> String {
         let mut parts = Vec::new();
         parts.extend(self.rate().map(|r| format!("{r:.0} tok/s")));
         parts.extend(
@@ -261,7 +261,7 @@ impl Done {
     }
 
     /// Everything about it.
-    pub(super) fn json(&self, model: &str, started: Instant, session: &Session) -> Value {
+    pub(crate) fn json(&self, model: &str, started: Instant, session: &Session) -> Value {
         let ms = |from: Instant, to: Option<Instant>| to.map(|t| (t - from).as_secs_f64() * 1e3);
         json!({
             "model": model,

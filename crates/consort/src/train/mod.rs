@@ -1,0 +1,79 @@
+//! Training jobs: a launcher that meets, starts, watches and replaces workers, and what they tell each other.
+//!
+//! The launcher prepares the job once ([`prepare`]), opens the store where workers meet, writes where that is into the
+//! job's folder ([`meeting`]) and starts one process for each worker ([`worker`]), the same program in a mode of its own. A
+//! worker says what it does in lines of JSON on its standard output ([`said`]) and takes its launcher's end for its own: it
+//! then writes a checkpoint and stops. What is lost is replaced, within a budget ([`replace`]). Everything that workers say
+//! becomes metrics, a bar, and a file that `consort train status` explains ([`status`]).
+
+pub(crate) mod export;
+pub(crate) mod finish;
+pub(crate) mod launch;
+pub(crate) mod meeting;
+pub(crate) mod metrics;
+pub(crate) mod prepare;
+pub(crate) mod ranks;
+pub(crate) mod replace;
+pub(crate) mod said;
+pub(crate) mod show;
+pub(crate) mod status;
+pub(crate) mod worker;
+
+use std::io::Read as _;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, anyhow};
+use consort_training::job::{self, Job};
+
+use crate::cli::UsageError;
+
+/// A job and the file that it came from.
+#[derive(Clone, Debug)]
+pub(crate) struct Source {
+    pub(crate) path: PathBuf,
+    pub(crate) text: String,
+    pub(crate) job: Job,
+}
+
+/// Reads a job's file.
+pub(crate) fn read(path: &Path) -> Result<Source> {
+    let what = || format!("can't read the job {}", path.display());
+    let mut bytes = Vec::new();
+    let most = consort_config::MOST_BYTES as u64;
+    std::fs::File::open(path)
+        .and_then(|file| file.take(most + 1).read_to_end(&mut bytes))
+        .map_err(|error| anyhow!(UsageError(format!("{}: {error}", what()))))?;
+    let text = String::from_utf8(bytes).with_context(what)?;
+    parse(path, text)
+}
+
+/// Reads a job from the text of its file.
+pub(crate) fn parse(path: &Path, text: String) -> Result<Source> {
+    let job = job::read(path, &text).map_err(|problems| UsageError(problems.to_string()))?;
+    Ok(Source { path: path.to_owned(), text, job })
+}
+
+/// Where a job keeps what is neither the model nor a checkpoint.
+pub(crate) fn work(job: &Job) -> PathBuf {
+    job.out.join("job")
+}
+
+/// Writes a file so that readers see the old one or the new one.
+pub(crate) fn publish(path: &Path, text: &str) -> std::io::Result<()> {
+    let part = path.with_extension("part");
+    std::fs::write(&part, text)?;
+    std::fs::rename(part, path)
+}
+
+/// Milliseconds since 1970.
+pub(crate) fn unix_ms() -> u64 {
+    let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    since.map_or(0, |since| since.as_millis() as u64)
+}
+
+/// 128 bits that nobody else knows.
+pub(crate) fn secret() -> Result<String> {
+    let mut random = [0u8; 16];
+    getrandom::fill(&mut random).map_err(|error| anyhow!("no random numbers for the job's token: {error}"))?;
+    Ok(random.iter().map(|byte| format!("{byte:02x}")).collect())
+}
