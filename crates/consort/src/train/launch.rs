@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 use std::io::{BufRead as _, BufReader, Read, Write as _};
 use std::net::SocketAddr;
-use std::path::Path;
+use std::path::PathBuf;
 use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, SyncSender};
 use std::time::{Duration, Instant};
@@ -88,10 +88,8 @@ fn follow(source: &Source, rank: &Rank) -> Result<()> {
 fn no_store(error: &anyhow::Error) -> bool {
     use consort_collectives::Error as Group;
     use consort_training::Error;
-    matches!(
-        error.downcast_ref::<Error>(),
-        Some(Error::Group(Group::Rendezvous { .. } | Group::Refused { .. }))
-    )
+    let Some(Error::Group(error)) = error.downcast_ref::<Error>() else { return false };
+    matches!(**error, Group::Rendezvous { .. } | Group::Refused { .. })
 }
 
 /// A job that is ready to start.
@@ -186,7 +184,7 @@ impl<'a> Launcher<'a> {
             source,
             news,
             begun: Instant::now(),
-            meeting: meeting.path(),
+            meeting: meeting.path().to_owned(),
             workers: (0..own).map(Worker::new).collect(),
             due: VecDeque::new(),
             replacements: Replacements::default(),
@@ -207,6 +205,7 @@ impl<'a> Launcher<'a> {
             watch.start(number)?;
         }
         let result = watch.watch(&inbox);
+        // With their input the workers' launcher ends for those that are left: they stop with a checkpoint.
         let Watch { metrics, mut show, finished, failed, stopping, .. } = watch;
         show.clear();
         drop(store);
@@ -301,7 +300,7 @@ struct Watch<'a> {
     source: &'a Source,
     news: SyncSender<News>,
     begun: Instant,
-    meeting: &'a Path,
+    meeting: PathBuf,
     workers: Vec<Worker>,
     /// Places that get a new worker, and when.
     due: VecDeque<(Duration, usize)>,
@@ -330,7 +329,7 @@ impl Watch<'_> {
     fn start(&mut self, number: usize) -> Result<()> {
         let itself = std::env::current_exe().context("can't find this program to start a worker")?;
         let mut command = Command::new(itself);
-        command.args(["train", "worker"]).arg(self.meeting);
+        command.args(["train", "worker"]).arg(&self.meeting);
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
         // A Ctrl-C in the terminal is for the launcher, which tells the workers.
         #[cfg(unix)]
@@ -574,17 +573,6 @@ impl Watch<'_> {
         let file = self.source.path.display();
         tracing::debug!(%file, number, "a worker is gone");
         Ok(())
-    }
-}
-
-impl Drop for Watch<'_> {
-    fn drop(&mut self) {
-        // Their standard input ends with this, and so do they: with a checkpoint. Nothing is killed.
-        for worker in &mut self.workers {
-            if let Some((_, input)) = worker.child.take() {
-                drop(input);
-            }
-        }
     }
 }
 

@@ -53,3 +53,10 @@ pub use board::{Activity, Board, Status, Talking};
 pub use event::{Control, Event, Span, StepEvent, seen};
 pub use plan::{HOST_SETTLE, HOST_SILENCE, Outer, Plan, Wire};
 pub use worker::{Finished, Membership, Reason, Resumed, Samples, Worker};
+
+/// BLAKE3 of weights, as hexadecimal digits: what [`Finished::weights_hash`] is.
+pub fn weights_hash(weights: &[f32]) -> String {
+    let mut hasher = blake3::Hasher::new();
+    state::hash(weights, &mut hasher);
+    hasher.finalize().to_hex().to_string()
+}
