@@ -20,5 +20,6 @@ mod rollout;
 mod scripted;
 mod signals;
 mod steady;
+mod train;
 mod up;
 mod watching;

@@ -92,7 +92,10 @@ impl<'a> Section<'a> {
 
     /// Where the value of `key` stands; the beginning of the file where it doesn't.
     pub fn place(&self, key: &str) -> Range<usize> {
-        self.table.iter().find(|(k, _)| k.get_ref() == key).map_or(0..0, |(k, value)| k.span().start..value.span().end)
+        self.table
+            .iter()
+            .find(|(k, _)| k.get_ref() == key)
+            .map_or(0..0, |(k, value)| k.span().start..value.span().end)
     }
 
     /// Where the table's first key stands, for what is missing in it.

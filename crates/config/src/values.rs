@@ -90,7 +90,10 @@ pub fn choice<T: Copy>(words: &'static [(&'static str, T)]) -> impl Fn(&DeValue<
     move |value| {
         let all = || words.iter().map(|(word, _)| format!("\"{word}\"")).collect::<Vec<_>>().join(", ");
         let Some(text) = value.as_str() else {
-            return Err((format!("expected a string, found {}", kind(value)), Some(format!("write one of {}", all()))));
+            return Err((
+                format!("expected a string, found {}", kind(value)),
+                Some(format!("write one of {}", all())),
+            ));
         };
         let found = words.iter().find(|(word, _)| *word == text);
         found.map(|(_, meaning)| *meaning).ok_or_else(|| {

@@ -95,7 +95,10 @@ pub(crate) fn master() -> Option<(String, u16)> {
 /// Credentials, region and endpoint of a bucket, under AWS's names.
 pub(crate) fn s3_options() -> Vec<(String, String)> {
     let known = |name: &String| name.starts_with("AWS_");
-    std::env::vars().filter(|(name, _)| known(name)).map(|(name, value)| (name.to_ascii_lowercase(), value)).collect()
+    std::env::vars()
+        .filter(|(name, _)| known(name))
+        .map(|(name, value)| (name.to_ascii_lowercase(), value))
+        .collect()
 }
 
 /// The key of a server, for serving and for asking: `CONSORT_API_KEY`.

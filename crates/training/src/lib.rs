@@ -15,8 +15,8 @@ mod schedule;
 mod trainer;
 
 pub use consort_model::train::{
-    Decoder, Gradients, Layout, Loss, MicroBatch, Normal, Options, Precision, SavedType, config_file, export_gguf,
-    save,
+    Decoder, Gradients, Layout, Loss, MicroBatch, Normal, Options, Precision, SavedType, config_file,
+    export_gguf, save,
 };
 pub use error::Error;
 pub use optimizer::{Optimizer, OptimizerConfig};

@@ -76,7 +76,9 @@ struct Status {
 
 /// Write a trained model as a GGUF file
 #[derive(Args, Debug)]
-#[command(after_help = "Example:\n  consort train export out/tiny --gguf q8_0\n  consort run out/tiny/model.gguf")]
+#[command(
+    after_help = "Example:\n  consort train export out/tiny --gguf q8_0\n  consort run out/tiny/model.gguf"
+)]
 struct Export {
     /// A Hugging Face folder, such as a job's result
     model: PathBuf,
@@ -106,14 +108,18 @@ impl Train {
             None => {}
         }
         let Some(path) = self.job else {
-            let why = "name a job's file, such as examples/train/tiny.toml; docs/training.md explains its keys";
+            let why =
+                "name a job's file, such as examples/train/tiny.toml; docs/training.md explains its keys";
             return Err(UsageError(why.into()).into());
         };
         let mut source = train::read(&path)?;
         let rank = environment::rank()?;
         if let Some(rank) = &rank {
             if self.workers.is_some_and(|workers| usize::from(workers) != rank.world_size) {
-                let why = format!("{} started {} processes, each a worker; leave --workers out", rank.starter, rank.world_size);
+                let why = format!(
+                    "{} started {} processes, each a worker; leave --workers out",
+                    rank.starter, rank.world_size
+                );
                 return Err(UsageError(why).into());
             }
             source.job.workers = rank.world_size;
@@ -139,10 +145,11 @@ impl Status {
     fn run(self) -> Result<()> {
         let out = status::folder(&self.job)?;
         let path = status::file(&out);
-        let text = std::fs::read_to_string(&path)
-            .with_context(|| format!("no job has run in {} (there is no {})", out.display(), path.display()))?;
-        let report: status::Report =
-            serde_json::from_str(&text).with_context(|| format!("{} is of another version", path.display()))?;
+        let text = std::fs::read_to_string(&path).with_context(|| {
+            format!("no job has run in {} (there is no {})", out.display(), path.display())
+        })?;
+        let report: status::Report = serde_json::from_str(&text)
+            .with_context(|| format!("{} is of another version", path.display()))?;
         if self.json {
             return Ok(line(text.trim_end())?);
         }

@@ -69,7 +69,9 @@ pub(crate) fn finish(ended: Ended<'_>) -> Result<()> {
     if !complete {
         report(source, plan, &begun, &metrics, Vec::new())?;
         if newest != Some(finished.steps) {
-            let has = newest.map_or("there is no checkpoint".to_owned(), |step| format!("the newest checkpoint is of step {step}"));
+            let has = newest.map_or("there is no checkpoint".to_owned(), |step| {
+                format!("the newest checkpoint is of step {step}")
+            });
             show.say(&format!("the checkpoint of step {} was not written: {has}", finished.steps));
         }
         if json {
@@ -137,7 +139,8 @@ fn model(job: &Job, begun: &Begun, prepared: &Prepared, finished: &Finished) -> 
     let loaded = checkpoint::load(&location, &options, &layout, &mut weights, state)?;
     let step = loaded.map(|loaded| loaded.step);
     if step != Some(finished.steps) {
-        let has = step.map_or("there is none".to_owned(), |step| format!("the newest good one is of step {step}"));
+        let has =
+            step.map_or("there is none".to_owned(), |step| format!("the newest good one is of step {step}"));
         bail!(
             "the last checkpoint, of step {}, was not written to {location} ({has}), so there is no model to save; mend \
              that place and take the missing steps again with --resume",
@@ -188,7 +191,13 @@ fn samples(job: &Job) -> Result<Vec<Sample>> {
 }
 
 /// Writes the report.
-fn report(source: &Source, plan: &Plan, begun: &Begun, metrics: &Metrics, samples: Vec<Sample>) -> Result<()> {
+fn report(
+    source: &Source,
+    plan: &Plan,
+    begun: &Begun,
+    metrics: &Metrics,
+    samples: Vec<Sample>,
+) -> Result<()> {
     let job = &source.job;
     let records = metrics.records();
     let name = job.out.file_name().map_or_else(|| "job".into(), |name| name.to_string_lossy().into_owned());
@@ -196,7 +205,12 @@ fn report(source: &Source, plan: &Plan, begun: &Begun, metrics: &Metrics, sample
     let about = match &job.model {
         ModelSource::From(from) => format!("{from}, fine-tuned on {}", names(job)),
         ModelSource::New(_) => {
-            format!("A {} model of {} parameters, trained from nothing on {}", config.family, plan.parameters, names(job))
+            format!(
+                "A {} model of {} parameters, trained from nothing on {}",
+                config.family,
+                plan.parameters,
+                names(job)
+            )
         }
     };
     let fact = |name: &str, value: String| (name.to_owned(), value);
@@ -219,7 +233,11 @@ fn report(source: &Source, plan: &Plan, begun: &Begun, metrics: &Metrics, sample
         fact("Precision", format!("{:?}", job.train.precision).to_lowercase()),
         fact(
             "Sums of gradients",
-            if job.train.exact { "exact: the same weights for any number of workers".into() } else { "not exact".into() },
+            if job.train.exact {
+                "exact: the same weights for any number of workers".into()
+            } else {
+                "not exact".into()
+            },
         ),
         fact("Seed", job.seed.to_string()),
         fact("Version", env!("CARGO_PKG_VERSION").into()),

@@ -77,7 +77,9 @@ fn follow(source: &Source, rank: &Rank) -> Result<()> {
     loop {
         match worker::work(&meeting, Attached::Alone, Some(threads.max(1))) {
             // A file of an earlier run whose first process was killed: the right one comes.
-            Err(error) if no_store(&error) && Meeting::read(&path).is_ok_and(|m| m.token == meeting.token) => {
+            Err(error)
+                if no_store(&error) && Meeting::read(&path).is_ok_and(|m| m.token == meeting.token) =>
+            {
                 meeting = Meeting::wait(&path, Some(&meeting.token), PREPARING).map_err(|_| error)?;
             }
             ended => return ended.map(|_| ()),
@@ -104,7 +106,11 @@ struct Launcher<'a> {
 
 impl<'a> Launcher<'a> {
     /// Makes what the job needs and counts what it takes; nothing where that is all that was asked for.
-    fn prepare(source: &'a Source, wishes: &'a Wishes, rank: Option<&'a Rank>) -> Result<Option<Launcher<'a>>> {
+    fn prepare(
+        source: &'a Source,
+        wishes: &'a Wishes,
+        rank: Option<&'a Rank>,
+    ) -> Result<Option<Launcher<'a>>> {
         let job = &source.job;
         let mut show = Show::new(wishes.json);
         if !wishes.check {
@@ -113,7 +119,8 @@ impl<'a> Launcher<'a> {
         let prepared = prepare::prepare(job, wishes.json, &mut |text| show.say(text))?;
         let begun = prepare::begin(job, &prepared)?;
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
-        let dataset = prepare::samples(job, &prepared, &begun, cores, &mut |progress| show.reading(progress))?;
+        let dataset =
+            prepare::samples(job, &prepared, &begun, cores, &mut |progress| show.reading(progress))?;
         show.clear();
         let report = dataset.report();
         show.say(&format!(
@@ -127,7 +134,8 @@ impl<'a> Launcher<'a> {
         let here = rank.map_or(job.workers, |rank| rank.local_world_size.unwrap_or(1));
         let memory = consort_inference::machine_memory().map(|bytes| bytes as u64);
         let machine = Machine { memory, cores, workers: here };
-        let plan = plan(job, &begun.config, report, machine).map_err(|refusal| UsageError(refusal.to_string()))?;
+        let plan =
+            plan(job, &begun.config, report, machine).map_err(|refusal| UsageError(refusal.to_string()))?;
         if wishes.check {
             crate::terminal::line(&plan)?;
             return Ok(None);
@@ -246,7 +254,9 @@ fn earlier(source: &Source, wishes: &Wishes) -> Result<()> {
 fn hostname() -> Result<String> {
     let name = rustix::system::uname().nodename().to_string_lossy().into_owned();
     if name.is_empty() {
-        bail!("this machine has no name for the other processes; give its address in MASTER_ADDR and a port in MASTER_PORT");
+        bail!(
+            "this machine has no name for the other processes; give its address in MASTER_ADDR and a port in MASTER_PORT"
+        );
     }
     Ok(name)
 }
@@ -336,7 +346,8 @@ impl Watch<'_> {
         std::os::unix::process::CommandExt::process_group(&mut command, 0);
         environment::not_a_rank(&mut command);
         let mut child = command.spawn().context("can't start a worker")?;
-        let (Some(input), Some(output), Some(errors)) = (child.stdin.take(), child.stdout.take(), child.stderr.take())
+        let (Some(input), Some(output), Some(errors)) =
+            (child.stdin.take(), child.stdout.take(), child.stderr.take())
         else {
             bail!("a worker was started without pipes");
         };
@@ -457,7 +468,9 @@ impl Watch<'_> {
 
     fn event(&mut self, event: Event) -> Result<()> {
         match event {
-            Event::Started { workers, epoch, took_us, step, .. } if epoch > self.epoch || self.members == 0 => {
+            Event::Started { workers, epoch, took_us, step, .. }
+                if epoch > self.epoch || self.members == 0 =>
+            {
                 self.stood(workers, epoch, took_us, step);
             }
             Event::Step(step) if step.step + 1 > self.step => {
@@ -466,7 +479,9 @@ impl Watch<'_> {
                 self.show.step(&record);
             }
             Event::Checkpoint(event) => self.checkpoint(event),
-            Event::Lost { reason, operation, .. } => tracing::debug!(%reason, %operation, "a worker left its epoch"),
+            Event::Lost { reason, operation, .. } => {
+                tracing::debug!(%reason, %operation, "a worker left its epoch")
+            }
             _ => {}
         }
         Ok(())
@@ -482,7 +497,8 @@ impl Watch<'_> {
             self.record(What::Lost, format!("{who} fell silent and the others go on"));
         }
         if !first && workers > left.min(workers) {
-            let text = format!("{workers} workers again behind step {step}, after {:.0} ms", took_us as f64 / 1e3);
+            let text =
+                format!("{workers} workers again behind step {step}, after {:.0} ms", took_us as f64 / 1e3);
             self.record(What::Joined, text);
         }
         if first {
@@ -503,7 +519,10 @@ impl Watch<'_> {
                 self.metrics.event(What::Checkpoint, text, step, self.begun.elapsed());
             }
             checkpoint::Event::Failed { step, reason } => {
-                self.record(What::CheckpointFailed, format!("step {step} was not written, the job goes on: {reason}"));
+                self.record(
+                    What::CheckpointFailed,
+                    format!("step {step} was not written, the job goes on: {reason}"),
+                );
             }
             checkpoint::Event::Skipped { step } => {
                 let text = format!("step {step} was left out: the one before it was still being written");

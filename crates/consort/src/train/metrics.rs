@@ -108,7 +108,9 @@ impl Metrics {
 
     /// All records of the file, those of earlier parts of the job too.
     pub(crate) fn records(&self) -> Vec<Record> {
-        std::fs::read_to_string(&self.path).map(|text| consort_training::report::read(&text)).unwrap_or_default()
+        std::fs::read_to_string(&self.path)
+            .map(|text| consort_training::report::read(&text))
+            .unwrap_or_default()
     }
 
     fn write(&mut self, record: &Record) {
@@ -150,13 +152,33 @@ impl Metrics {
         metric("steps", "gauge", "Steps of the job in all.", self.plan.steps as f64);
         metric("step", "gauge", "Steps taken, those before a resumption too.", step as f64);
         metric("workers", "gauge", "Workers that take steps together.", members as f64);
-        metric("tokens_total", "counter", "Tokens that were predicted since the launcher began.", counts.tokens);
+        metric(
+            "tokens_total",
+            "counter",
+            "Tokens that were predicted since the launcher began.",
+            counts.tokens,
+        );
         metric("workers_lost_total", "counter", "Workers that were lost.", counts.lost as f64);
         metric("workers_joined_total", "counter", "Times that workers joined.", counts.joined as f64);
         metric("checkpoints_total", "counter", "Checkpoints that are complete.", counts.checkpoints as f64);
-        metric("checkpoints_failed_total", "counter", "Checkpoints that were not written.", counts.failed_checkpoints as f64);
-        metric("communication_seconds_total", "counter", "Time that gradients were under way.", counts.communication);
-        metric("communication_exposed_seconds_total", "counter", "Time of it that backward didn't hide.", counts.exposed);
+        metric(
+            "checkpoints_failed_total",
+            "counter",
+            "Checkpoints that were not written.",
+            counts.failed_checkpoints as f64,
+        );
+        metric(
+            "communication_seconds_total",
+            "counter",
+            "Time that gradients were under way.",
+            counts.communication,
+        );
+        metric(
+            "communication_exposed_seconds_total",
+            "counter",
+            "Time of it that backward didn't hide.",
+            counts.exposed,
+        );
         if let Some(last) = last {
             metric("loss", "gauge", "Mean loss of the last step, in nats a token.", last.loss);
             metric("gradient_norm", "gauge", "Length of the last step's gradient.", last.gradient_norm);
@@ -176,8 +198,9 @@ pub(crate) struct Endpoint {
 impl Endpoint {
     /// Serves until the process ends.
     pub(crate) fn listen(address: SocketAddr) -> Result<Endpoint> {
-        let socket = std::net::TcpListener::bind(address)
-            .with_context(|| format!("can't listen on {address} for Prometheus; --metrics with port 0 takes a free one"))?;
+        let socket = std::net::TcpListener::bind(address).with_context(|| {
+            format!("can't listen on {address} for Prometheus; --metrics with port 0 takes a free one")
+        })?;
         socket.set_nonblocking(true)?;
         let address = socket.local_addr()?;
         let text = Arc::new(Mutex::new(String::new()));

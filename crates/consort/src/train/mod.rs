@@ -74,6 +74,7 @@ pub(crate) fn unix_ms() -> u64 {
 /// 128 bits that nobody else knows.
 pub(crate) fn secret() -> Result<String> {
     let mut random = [0u8; 16];
-    getrandom::fill(&mut random).map_err(|error| anyhow!("no random numbers for the job's token: {error}"))?;
+    getrandom::fill(&mut random)
+        .map_err(|error| anyhow!("no random numbers for the job's token: {error}"))?;
     Ok(random.iter().map(|byte| format!("{byte:02x}")).collect())
 }

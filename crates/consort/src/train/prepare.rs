@@ -82,7 +82,13 @@ pub(crate) fn begin(job: &Job, prepared: &Prepared) -> Result<Begun> {
             let (tokenizer, template) = (opened.tokenizer()?, opened.chat_template()?);
             let file = if path.is_dir() { path.join("tokenizer.json") } else { path.clone() };
             let tokenizer_hash = data::fingerprint(&[file])?;
-            Ok(Begun { config: opened.config().clone(), tokenizer, template, opened: Some(opened), tokenizer_hash })
+            Ok(Begun {
+                config: opened.config().clone(),
+                tokenizer,
+                template,
+                opened: Some(opened),
+                tokenizer_hash,
+            })
         }
         (None, Some(folder), ModelSource::New(shape)) => {
             let tokenizer = Tokenizer::from_folder(folder)?;

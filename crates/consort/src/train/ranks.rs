@@ -32,9 +32,27 @@ pub(crate) const VARIABLES: [&str; 3] = ["SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORL
 pub(crate) fn rank(get: impl Fn(&str) -> Option<String>) -> Result<Option<Rank>, UsageError> {
     let starters = [
         // The ids of srun's step: a batch script itself has SLURM_PROCID too, but no step of its own.
-        ("srun", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_STEP_TASKS_PER_NODE", &["SLURM_JOB_ID", "SLURM_STEP_ID"][..]),
-        ("mpirun", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", &["PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid"][..]),
-        ("torchrun", "RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", &["TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT"][..]),
+        (
+            "srun",
+            "SLURM_PROCID",
+            "SLURM_STEP_NUM_TASKS",
+            "SLURM_STEP_TASKS_PER_NODE",
+            &["SLURM_JOB_ID", "SLURM_STEP_ID"][..],
+        ),
+        (
+            "mpirun",
+            "OMPI_COMM_WORLD_RANK",
+            "OMPI_COMM_WORLD_SIZE",
+            "OMPI_COMM_WORLD_LOCAL_SIZE",
+            &["PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid"][..],
+        ),
+        (
+            "torchrun",
+            "RANK",
+            "WORLD_SIZE",
+            "LOCAL_WORLD_SIZE",
+            &["TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT"][..],
+        ),
     ];
     for (starter, rank, size, local, run) in starters {
         let number = |name: &str| match get(name) {
@@ -88,7 +106,8 @@ mod tests {
         ];
         let found = read(&mpi).unwrap().unwrap();
         assert_eq!((found.local_world_size, found.run.as_str()), (Some(2), "prterun-host-1_1"));
-        let torch = [("RANK", "1"), ("WORLD_SIZE", "2"), ("MASTER_ADDR", "10.0.0.1"), ("MASTER_PORT", "29500")];
+        let torch =
+            [("RANK", "1"), ("WORLD_SIZE", "2"), ("MASTER_ADDR", "10.0.0.1"), ("MASTER_PORT", "29500")];
         assert_eq!(read(&torch).unwrap().unwrap().run, "10_0_0_1-29500");
     }
 

@@ -178,7 +178,10 @@ mod tests {
 
     #[test]
     fn durations_and_rates_are_read_at_a_glance() {
-        assert_eq!([duration(0.4), duration(61.0), duration(130.0), duration(7300.0)], ["0 s", "61 s", "3 min", "2 h 1 min"]);
+        assert_eq!(
+            [duration(0.4), duration(61.0), duration(130.0), duration(7300.0)],
+            ["0 s", "61 s", "3 min", "2 h 1 min"]
+        );
         assert_eq!([rate(812.3), rate(12_345.0)], ["812 tok/s", "12.3k tok/s"]);
     }
 }

@@ -50,7 +50,12 @@ impl Place {
 
     /// A process was started for it.
     pub(crate) fn started(&mut self, pid: u32) {
-        *self = Place { pid: Some(pid), heard_unix_ms: unix_ms(), starts: self.starts + 1, ..Place::new(self.number) };
+        *self = Place {
+            pid: Some(pid),
+            heard_unix_ms: unix_ms(),
+            starts: self.starts + 1,
+            ..Place::new(self.number)
+        };
     }
 
     /// It said something.
@@ -160,7 +165,9 @@ pub(crate) fn explain(report: &Report, now: u64) -> String {
     let age = now.saturating_sub(report.unix_ms);
     let _ = match report.ended {
         Some(true) => writeln!(out, "step {}/{}: the job is complete", report.step, report.steps),
-        Some(false) => writeln!(out, "step {}/{}: the job was stopped; --resume goes on", report.step, report.steps),
+        Some(false) => {
+            writeln!(out, "step {}/{}: the job was stopped; --resume goes on", report.step, report.steps)
+        }
         None if age > STALE_MS => writeln!(
             out,
             "step {}/{}: the launcher (process {}) has said nothing for {}: it is gone or stopped. Where it is gone, its \
@@ -193,11 +200,20 @@ fn line(place: &Place, now: u64) -> String {
         return format!("  {what}");
     };
     let silent = now.saturating_sub(place.heard_unix_ms);
-    let Some(status) = &place.status else { return format!("  process {pid}  is starting ({})", seconds(silent)) };
-    let mut line = format!("  process {pid}  rank {}  step {}  {}", status.rank, status.step, doing(&status.activity));
+    let Some(status) = &place.status else {
+        return format!("  process {pid}  is starting ({})", seconds(silent));
+    };
+    let mut line =
+        format!("  process {pid}  rank {}  step {}  {}", status.rank, status.step, doing(&status.activity));
     let _ = write!(line, " for {}", seconds(status.since_ms + silent));
     if let Some(talking) = &status.talking {
-        let _ = write!(line, "; in {} (call {}) for {}", talking.what, talking.sequence, seconds(talking.since_ms + silent));
+        let _ = write!(
+            line,
+            "; in {} (call {}) for {}",
+            talking.what,
+            talking.sequence,
+            seconds(talking.since_ms + silent)
+        );
     }
     if place.stopped {
         let _ = write!(line, "; STOPPED: a signal stopped the process (kill -CONT {pid} lets it go on)");
@@ -215,7 +231,9 @@ fn doing(activity: &Activity) -> String {
         Activity::Receiving { from, bytes, total } => {
             format!("receiving the state from rank {from} ({})", share(*bytes, *total))
         }
-        Activity::Sending { bytes, total } => format!("sending the state to others ({})", share(*bytes, *total)),
+        Activity::Sending { bytes, total } => {
+            format!("sending the state to others ({})", share(*bytes, *total))
+        }
         Activity::Computing { micro_batch } => format!("computing micro-batch {micro_batch}"),
         Activity::Waiting => "waiting for the others' gradients".into(),
         Activity::Applying => "moving the weights".into(),
@@ -230,10 +248,17 @@ fn share(bytes: u64, total: u64) -> String {
 
 /// Who waits for whom.
 fn verdict(report: &Report) -> String {
-    let alive: Vec<(&Place, &Status)> =
-        report.places.iter().filter(|p| p.pid.is_some()).filter_map(|p| Some((p, p.status.as_ref()?))).collect();
-    let silent = |place: &Place| place.stopped || report.unix_ms.saturating_sub(place.heard_unix_ms) > SILENT_MS;
-    let waits = |status: &Status| matches!(status.activity, Activity::Waiting | Activity::Joining | Activity::Agreeing);
+    let alive: Vec<(&Place, &Status)> = report
+        .places
+        .iter()
+        .filter(|p| p.pid.is_some())
+        .filter_map(|p| Some((p, p.status.as_ref()?)))
+        .collect();
+    let silent =
+        |place: &Place| place.stopped || report.unix_ms.saturating_sub(place.heard_unix_ms) > SILENT_MS;
+    let waits = |status: &Status| {
+        matches!(status.activity, Activity::Waiting | Activity::Joining | Activity::Agreeing)
+    };
     let quiet: Vec<&Place> = alive.iter().map(|(place, _)| *place).filter(|place| silent(place)).collect();
     let waiting: Vec<String> = alive
         .iter()
@@ -242,8 +267,13 @@ fn verdict(report: &Report) -> String {
         .collect();
     if !quiet.is_empty() {
         let names: Vec<String> = quiet.iter().map(|place| place.number.to_string()).collect();
-        let longest = quiet.iter().map(|place| report.unix_ms.saturating_sub(place.heard_unix_ms)).max().unwrap_or(0);
-        let who = if waiting.is_empty() { "the others".to_owned() } else { format!("worker {}", waiting.join(", ")) };
+        let longest =
+            quiet.iter().map(|place| report.unix_ms.saturating_sub(place.heard_unix_ms)).max().unwrap_or(0);
+        let who = if waiting.is_empty() {
+            "the others".to_owned()
+        } else {
+            format!("worker {}", waiting.join(", "))
+        };
         return format!(
             "{who} waits for worker {}, silent for {}; past the silence that the job allows, the others go on without it\n",
             names.join(", "),
@@ -257,7 +287,9 @@ fn verdict(report: &Report) -> String {
     let newest = alive.iter().filter_map(|(_, s)| Some((s.epoch, s.talking.as_ref()?.sequence))).max();
     let behind: Vec<String> = alive
         .iter()
-        .filter(|(_, s)| !waits(s) && newest.is_some_and(|n| s.talking.as_ref().is_none_or(|t| (s.epoch, t.sequence) < n)))
+        .filter(|(_, s)| {
+            !waits(s) && newest.is_some_and(|n| s.talking.as_ref().is_none_or(|t| (s.epoch, t.sequence) < n))
+        })
         .map(|(place, status)| format!("worker {} ({})", place.number, doing(&status.activity)))
         .collect();
     if behind.is_empty() {
@@ -277,10 +309,24 @@ mod tests {
     use super::*;
 
     fn place(number: usize, activity: Activity, sequence: Option<u64>) -> Place {
-        let talking = sequence.map(|sequence| Talking { what: "bucket 3 of step 8".into(), sequence, since_ms: 2000 });
-        let status =
-            Status { rank: number, workers: 3, epoch: 1, step: 8, steps: 20, activity, since_ms: 2100, talking };
-        Place { status: Some(status), pid: Some(100 + number as u32), heard_unix_ms: 9_900, ..Place::new(number) }
+        let talking =
+            sequence.map(|sequence| Talking { what: "bucket 3 of step 8".into(), sequence, since_ms: 2000 });
+        let status = Status {
+            rank: number,
+            workers: 3,
+            epoch: 1,
+            step: 8,
+            steps: 20,
+            activity,
+            since_ms: 2100,
+            talking,
+        };
+        Place {
+            status: Some(status),
+            pid: Some(100 + number as u32),
+            heard_unix_ms: 9_900,
+            ..Place::new(number)
+        }
     }
 
     fn report(places: Vec<Place>) -> Report {
@@ -312,10 +358,17 @@ mod tests {
 
     #[test]
     fn who_is_stopped_or_silent_is_named() {
-        let mut places = vec![place(0, Activity::Waiting, Some(40)), place(1, Activity::Computing { micro_batch: 5 }, None)];
+        let mut places = vec![
+            place(0, Activity::Waiting, Some(40)),
+            place(1, Activity::Computing { micro_batch: 5 }, None),
+        ];
         places[1].heard_unix_ms = 4_000;
         let text = explain(&report(places.clone()), 10_100);
-        assert!(text.contains("SILENT for 6.0 s") && text.contains("worker 0 waits for worker 1, silent for 6.0 s"), "{text}");
+        assert!(
+            text.contains("SILENT for 6.0 s")
+                && text.contains("worker 0 waits for worker 1, silent for 6.0 s"),
+            "{text}"
+        );
         places[1].stopped = true;
         assert!(explain(&report(places), 10_100).contains("kill -CONT 101"));
     }

@@ -70,7 +70,12 @@ pub(crate) fn work(meeting: &Meeting, attached: Attached, threads: Option<usize>
     }
 }
 
-fn run(meeting: &Meeting, attached: Attached, threads: Option<usize>, stop: &Arc<AtomicBool>) -> Result<Finished> {
+fn run(
+    meeting: &Meeting,
+    attached: Attached,
+    threads: Option<usize>,
+    stop: &Arc<AtomicBool>,
+) -> Result<Finished> {
     let job = super::parse(&meeting.file, meeting.text.clone())?.job;
     let begun = prepare::begin(&job, &meeting.prepared)?;
     let threads = threads.unwrap_or(meeting.threads);
@@ -141,7 +146,8 @@ fn trainer(job: &Job, begun: &prepare::Begun, steps: u64, threads: usize) -> Res
 
 /// What every checkpoint has beside the weights, so that it is a model.
 fn files(begun: &prepare::Begun, prepared: &Prepared) -> Result<BTreeMap<String, Vec<u8>>> {
-    let mut files: BTreeMap<String, Vec<u8>> = prepare::tokenizer_files(begun, prepared)?.into_iter().collect();
+    let mut files: BTreeMap<String, Vec<u8>> =
+        prepare::tokenizer_files(begun, prepared)?.into_iter().collect();
     files.insert("config.json".into(), config_file(&begun.config, SavedType::F32));
     Ok(files)
 }

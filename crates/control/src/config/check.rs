@@ -7,8 +7,8 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use super::Deadlines;
-use consort_config::Problem;
 use consort_config::Placed;
+use consort_config::Problem;
 use consort_config::values::show;
 
 pub(super) fn timeouts(d: &Deadlines, problems: &mut Vec<Problem>) {

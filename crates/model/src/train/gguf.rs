@@ -160,7 +160,8 @@ fn tokenizer(folder: &Path, vocab: usize, opened: &Opened) -> Result<Vec<(String
     if model["type"] != "BPE" {
         return Err(unsupported("a tokenizer other than BPE"));
     }
-    let pre = pre_tokenizer_name(&json["pre_tokenizer"]).ok_or_else(|| unsupported("this way of cutting words"))?;
+    let pre =
+        pre_tokenizer_name(&json["pre_tokenizer"]).ok_or_else(|| unsupported("this way of cutting words"))?;
     if !json["normalizer"].is_null() && pre != "qwen2" {
         return Err(unsupported("a normalizer"));
     }
@@ -198,7 +199,8 @@ fn tokenizer(folder: &Path, vocab: usize, opened: &Opened) -> Result<Vec<(String
     let config = read(&folder.join("tokenizer_config.json"))?.unwrap_or_default();
     let map = read(&folder.join("special_tokens_map.json"))?.unwrap_or_default();
     let id = |key: &str| {
-        let of = |json: &Json| json[key].as_str().or_else(|| json[key]["content"].as_str()).map(str::to_owned);
+        let of =
+            |json: &Json| json[key].as_str().or_else(|| json[key]["content"].as_str()).map(str::to_owned);
         let name = of(&config).or_else(|| of(&map))?;
         tokens.iter().position(|token| *token == name)
     };
@@ -208,7 +210,9 @@ fn tokenizer(folder: &Path, vocab: usize, opened: &Opened) -> Result<Vec<(String
     own("model", Value::Text("gpt2".into()));
     own("pre", Value::Text(pre.into()));
     own("add_bos_token", Value::Bool(tokenizer.bos().is_some()));
-    for (key, name) in [("bos", "bos_token"), ("eos", "eos_token"), ("unknown", "unk_token"), ("padding", "pad_token")] {
+    for (key, name) in
+        [("bos", "bos_token"), ("eos", "eos_token"), ("unknown", "unk_token"), ("padding", "pad_token")]
+    {
         if let Some(id) = id(name) {
             own(&format!("{key}_token_id"), Value::U32(id as u32));
         }

@@ -74,7 +74,8 @@ const FRUIT: &[(&str, &str)] =
     &[("apple", "apples"), ("pear", "pears"), ("cookie", "cookies"), ("egg", "eggs"), ("berry", "berries")];
 const NUMBERS: &[&str] = &["no", "one", "two", "three", "four", "five"];
 const GAMES: &[&str] = &["run", "sing", "dance", "swim", "read", "play"];
-const HIDDEN: &[&str] = &["under a tree", "behind a rock", "in the tall grass", "under the bed", "near the door"];
+const HIDDEN: &[&str] =
+    &["under a tree", "behind a rock", "in the tall grass", "under the bed", "near the door"];
 
 /// Someone a story is about.
 struct Person {
@@ -317,7 +318,10 @@ mod tests {
             for pair in words.windows(2) {
                 let vowel = pair[1].starts_with(['a', 'e', 'i', 'o', 'u']);
                 assert!(!(pair[0] == "a" && vowel || pair[0] == "an" && !vowel), "{pair:?} in {text}");
-                assert!(!(pair[0] == "one" && pair[1].ends_with('s') && pair[1] != "was"), "{pair:?} in {text}");
+                assert!(
+                    !(pair[0] == "one" && pair[1].ends_with('s') && pair[1] != "was"),
+                    "{pair:?} in {text}"
+                );
                 assert!(pair[0] != pair[1], "{pair:?} in {text}");
             }
             assert!(text.ends_with(['.', '"']) && text.starts_with('O'), "{text}");
@@ -332,10 +336,13 @@ mod tests {
             let text = story(5, n);
             let Some((before, rest)) = text.split_once(", and gave ") else { continue };
             let number = |text: &str| {
-                text.split(' ').find_map(|word| NUMBERS.iter().skip(1).position(|n| *n == word)).map(|n| n + 1)
+                text.split(' ')
+                    .find_map(|word| NUMBERS.iter().skip(1).position(|n| *n == word))
+                    .map(|n| n + 1)
             };
             let (_, had) = before.split_once(" had ").unwrap();
-            let (gave, left) = rest.split_once("left").map(|(a, _)| a.split_once("Now there ").unwrap()).unwrap();
+            let (gave, left) =
+                rest.split_once("left").map(|(a, _)| a.split_once("Now there ").unwrap()).unwrap();
             assert_eq!(number(had).unwrap(), number(gave).unwrap() + number(left).unwrap(), "{text}");
             assert_eq!(left.starts_with("was "), number(left) == Some(1), "{text}");
             seen += 1;

@@ -4,9 +4,11 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use consort_config::values::{Wrong, bytes, choice, count, duration, flag, printable, share, text, texts, whole};
-use consort_config::{Placed, Problem, Problems, Section};
 use consort_collectives::Algorithm;
+use consort_config::values::{
+    Wrong, bytes, choice, count, duration, flag, printable, share, text, texts, whole,
+};
+use consort_config::{Placed, Problem, Problems, Section};
 use consort_model::train::{Precision, SavedType};
 
 use super::{Checkpoints, Data, Family, GgufType, Job, Length, ModelSource, Rates, Shape, Train};
@@ -50,7 +52,8 @@ fn job(mut file: Section<'_>, source: &str, beside: &Path, problems: &mut Vec<Pr
         Some(section) => model(section, problems),
         None => {
             if !file.has("model") {
-                let example = "[model] with `from = \"smollm2-135m-instruct\"`, or with the shape of a new one";
+                let example =
+                    "[model] with `from = \"smollm2-135m-instruct\"`, or with the shape of a new one";
                 missing(end, "the job names no model", example, problems);
             }
             ModelSource::From(String::new())
@@ -79,7 +82,8 @@ fn job(mut file: Section<'_>, source: &str, beside: &Path, problems: &mut Vec<Pr
             Train::default()
         }
     };
-    let optimizer = file.table("optimizer", problems).map_or_else(OptimizerConfig::default, |s| optimizer(s, problems));
+    let optimizer =
+        file.table("optimizer", problems).map_or_else(OptimizerConfig::default, |s| optimizer(s, problems));
     let schedule = match file.table("schedule", problems) {
         Some(section) => schedule(section, &model, problems),
         None => Rates::of(&model),
@@ -148,7 +152,8 @@ fn model(mut section: Section<'_>, problems: &mut Vec<Problem>) -> ModelSource {
     let usual = (hidden.value * 8 / 3).next_multiple_of(64);
     let ffn = section.get("ffn", usual, problems, size(1 << 18)).value;
     let context = section.get("context", 256, problems, size(1 << 20)).value;
-    let vocabulary = section.get("vocabulary", 2048, problems, |value| count(259, 1 << 20)(value).map(|n| n as usize));
+    let vocabulary =
+        section.get("vocabulary", 2048, problems, |value| count(259, 1 << 20)(value).map(|n| n as usize));
     let tied = section.get("tied", true, problems, flag).value;
     section.know(&["from"]);
     section.finish(problems);
@@ -160,7 +165,10 @@ fn model(mut section: Section<'_>, problems: &mut Vec<Problem>) -> ModelSource {
         let near = (2 * count..).step_by(2 * count).find(|n| *n >= width).unwrap_or(width);
         refuse(
             heads.span.clone().or(hidden.span.clone()),
-            format!("{count} heads don't divide a width of {width}: {width} / {count} = {:.2}", width as f64 / count as f64),
+            format!(
+                "{count} heads don't divide a width of {width}: {width} / {count} = {:.2}",
+                width as f64 / count as f64
+            ),
             "each head has the same even number of values",
             format!("`hidden = {near}` would do"),
         );
@@ -197,7 +205,12 @@ fn model(mut section: Section<'_>, problems: &mut Vec<Problem>) -> ModelSource {
 const SHAPE: &[&str] =
     &["family", "layers", "hidden", "heads", "kv_heads", "ffn", "context", "vocabulary", "tied"];
 
-fn data(mut section: Section<'_>, beside: &Path, longest: Option<usize>, problems: &mut Vec<Problem>) -> Data {
+fn data(
+    mut section: Section<'_>,
+    beside: &Path,
+    longest: Option<usize>,
+    problems: &mut Vec<Problem>,
+) -> Data {
     let default = Data::default();
     let paths = section.get("paths", Vec::new(), problems, texts);
     let stories = section.get("stories", 0, problems, bytes(1 << 10, 1 << 32));
@@ -206,7 +219,8 @@ fn data(mut section: Section<'_>, beside: &Path, longest: Option<usize>, problem
     let usual = longest.unwrap_or(default.context);
     let context = section.get("context", usual as u32, problems, count(2, 1 << 24));
     let (none, header) = (paths.value.is_empty() && stories.value == 0, section.header());
-    let wrong = section.has("paths") && paths.span.is_none() || section.has("stories") && stories.span.is_none();
+    let wrong =
+        section.has("paths") && paths.span.is_none() || section.has("stories") && stories.span.is_none();
     section.finish(problems);
     if none && !wrong {
         problems.push(Problem {
@@ -221,7 +235,10 @@ fn data(mut section: Section<'_>, beside: &Path, longest: Option<usize>, problem
             span: context.span.unwrap_or(0..0),
             message: format!("samples of {} rows for a model of {longest} positions", context.value),
             label: "a sample is longer than the model's context".into(),
-            help: Some(format!("make it at most {longest}, or [model]'s `context` at least {}", context.value)),
+            help: Some(format!(
+                "make it at most {longest}, or [model]'s `context` at least {}",
+                context.value
+            )),
         });
     }
     Data {
@@ -251,7 +268,8 @@ fn train(mut section: Section<'_>, problems: &mut Vec<Problem>) -> Train {
     let (second, day) = (Duration::from_secs(1), Duration::from_secs(86_400));
     let deadline = section.get("deadline", default.deadline, problems, duration(second, day));
     let silence = section.get("silence", default.silence, problems, duration(second / 2, day)).value;
-    let outer = section.table("local_steps", problems).map(|table| (table.header(), local_steps(table, problems)));
+    let outer =
+        section.table("local_steps", problems).map(|table| (table.header(), local_steps(table, problems)));
     let (asked, header) = (section.has("steps") || section.has("epochs"), section.header());
     section.finish(problems);
     let inexact = [
@@ -337,7 +355,10 @@ fn algorithm(value: &toml::de::DeValue<'_>) -> Result<Option<Algorithm>, Wrong> 
     let name = text(value)?;
     Algorithm::by_name(&name).map(Some).ok_or_else(|| {
         let names: Vec<&str> = Algorithm::ALL.into_iter().map(Algorithm::name).collect();
-        (format!("there is no \"{}\" here", printable(&name)), Some(format!("write one of {}", names.join(", "))))
+        (
+            format!("there is no \"{}\" here", printable(&name)),
+            Some(format!("write one of {}", names.join(", "))),
+        )
     })
 }
 
@@ -345,9 +366,11 @@ fn local_steps(mut section: Section<'_>, problems: &mut Vec<Problem>) -> Outer {
     let default = Outer::default();
     let outer = Outer {
         every: section.get("every", default.every, problems, whole(1, 1 << 32)).value,
-        learning_rate: section.get("learning_rate", f64::from(default.learning_rate), problems, share(1e-6, 10.0)).value
+        learning_rate: section
+            .get("learning_rate", f64::from(default.learning_rate), problems, share(1e-6, 10.0))
+            .value as f32,
+        momentum: section.get("momentum", f64::from(default.momentum), problems, share(0.0, 0.999)).value
             as f32,
-        momentum: section.get("momentum", f64::from(default.momentum), problems, share(0.0, 0.999)).value as f32,
     };
     section.finish(problems);
     outer

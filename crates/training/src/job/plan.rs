@@ -133,7 +133,11 @@ pub fn plan(job: &Job, model: &ModelConfig, data: &Report, machine: Machine) -> 
 /// A worker's memory, part by part; `values` are those of the flat buffer.
 fn memory(job: &Job, model: &ModelConfig, values: u64) -> Vec<Part> {
     let count = in_count(values);
-    let each = |what, bytes: u64| Part { what, why: format!("{count} values × {bytes} bytes"), bytes: values.saturating_mul(bytes) };
+    let each = |what, bytes: u64| Part {
+        what,
+        why: format!("{count} values × {bytes} bytes"),
+        bytes: values.saturating_mul(bytes),
+    };
     let state = match job.optimizer {
         OptimizerConfig::AdamW { .. } => 8,
         OptimizerConfig::Sgd { .. } => 4,
@@ -154,7 +158,10 @@ fn memory(job: &Job, model: &ModelConfig, values: u64) -> Vec<Part> {
     });
     parts.push(Part {
         what: "activations",
-        why: format!("{} samples × {} rows, {} layers{how}", job.train.micro_batch, job.data.context, model.layers),
+        why: format!(
+            "{} samples × {} rows, {} layers{how}",
+            job.train.micro_batch, job.data.context, model.layers
+        ),
         bytes: activations,
     });
     parts.push(Part { what: "program", why: "about".into(), bytes: PROGRAM });
@@ -206,7 +213,10 @@ impl fmt::Display for Plan {
         let share = if more == 0 { format!("{each}") } else { format!("{each} or {}", each + 1) };
         writeln!(f, "model        {} parameters", in_count(*parameters))?;
         writeln!(f, "steps        {steps} of about {} tokens, {epochs:.2} epochs", in_count(*tokens as u64))?;
-        writeln!(f, "a step       {micro_batches} micro-batches; {share} for each of {workers} workers with {threads} threads")?;
+        writeln!(
+            f,
+            "a step       {micro_batches} micro-batches; {share} for each of {workers} workers with {threads} threads"
+        )?;
         let mut text = String::from("memory\n");
         self.table(&mut text);
         let all = self.worker_bytes().saturating_mul(machine.workers as u64);
@@ -228,7 +238,13 @@ pub(crate) fn in_bytes(n: u64) -> String {
         }
         (value, unit) = (value / 1024.0, next);
     }
-    if unit == "B" { format!("{n} B") } else if value < 10.0 { format!("{value:.1} {unit}") } else { format!("{value:.0} {unit}") }
+    if unit == "B" {
+        format!("{n} B")
+    } else if value < 10.0 {
+        format!("{value:.1} {unit}")
+    } else {
+        format!("{value:.0} {unit}")
+    }
 }
 
 /// A count for people: `134.5M`.

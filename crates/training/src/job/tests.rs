@@ -45,7 +45,9 @@ fn a_job_is_what_its_file_says() {
     let ModelSource::New(shape) = job.model else { panic!("{:?}", job.model) };
     assert_eq!((shape.kv_heads, shape.ffn), (4, 192));
     for example in ["tiny", "finetune"] {
-        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../examples/train").join(format!("{example}.toml"));
+        let path = Path::new(env!("CARGO_MANIFEST_DIR"))
+            .join("../../examples/train")
+            .join(format!("{example}.toml"));
         let text = std::fs::read_to_string(&path).unwrap();
         read(&path, &text).unwrap_or_else(|e| panic!("{e}"));
     }
@@ -61,7 +63,11 @@ fn what_cannot_be_meant_is_shown_with_its_place_and_cure() {
         ("steps = 10", "", "neither `steps` nor `epochs`"),
         ("heads = 4", "heads = 5", "64 / 5 = 12.80"),
         ("heads = 4", "heads = 4\nkv_heads = 3", "4 heads can't share 3 key-value heads"),
-        ("paths = [\"texts\"]", "paths = [\"texts\"]\ncontext = 200", "a sample is longer than the model's context"),
+        (
+            "paths = [\"texts\"]",
+            "paths = [\"texts\"]\ncontext = 200",
+            "a sample is longer than the model's context",
+        ),
         ("paths = [\"texts\"]", "", "no `paths` and no `stories`"),
         ("out = \"out/x\"", "", "add out = "),
         ("[model]\n", "[model]\nfrom = \"a\"\n", "has its shape already"),

@@ -198,11 +198,19 @@ pub(crate) mod tests {
 
     #[test]
     fn parts_of_a_job_are_put_behind_each_other() {
-        let records =
-            [start(None), step(1, 0.5, 3.0), step(2, 1.0, 2.9), step(3, 1.5, 2.8), start(Some(2)), step(3, 0.5, 2.8)];
+        let records = [
+            start(None),
+            step(1, 0.5, 3.0),
+            step(2, 1.0, 2.9),
+            step(3, 1.5, 2.8),
+            start(Some(2)),
+            step(3, 0.5, 2.8),
+        ];
         let joined = joined(&records);
-        let steps: Vec<(u64, f64)> =
-            joined.iter().filter_map(|r| if let Record::Step(s) = r { Some((s.step, s.at)) } else { None }).collect();
+        let steps: Vec<(u64, f64)> = joined
+            .iter()
+            .filter_map(|r| if let Record::Step(s) = r { Some((s.step, s.at)) } else { None })
+            .collect();
         assert_eq!(steps, [(1, 0.5), (2, 1.0), (3, 2.0)]);
         let again = super::joined(&[&records[..], &[start(None), step(1, 0.1, 3.0)]].concat());
         assert_eq!(again.len(), 2, "a new job forgets the one before it");

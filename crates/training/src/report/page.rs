@@ -41,8 +41,10 @@ pub fn html(page: &Page, records: &[Record]) -> String {
     let records = joined(records);
     let steps: Vec<Step> =
         records.iter().filter_map(|r| if let Record::Step(step) = r { Some(*step) } else { None }).collect();
-    let events: Vec<Event> =
-        records.iter().filter_map(|r| if let Record::Event(event) = r { Some(event.clone()) } else { None }).collect();
+    let events: Vec<Event> = records
+        .iter()
+        .filter_map(|r| if let Record::Event(event) = r { Some(event.clone()) } else { None })
+        .collect();
     let mut body = String::new();
     // Writing to a String doesn't fail.
     let _ = write!(
@@ -68,10 +70,8 @@ pub fn html(page: &Page, records: &[Record]) -> String {
         ("Gradient", "Length of the mean gradient before clipping.", plots::gradient(&steps, &events)),
     ] {
         if let Some(picture) = picture {
-            let _ = write!(
-                body,
-                "<figure><figcaption><b>{title}</b> {note}</figcaption>\n{picture}</figure>\n"
-            );
+            let _ =
+                write!(body, "<figure><figcaption><b>{title}</b> {note}</figcaption>\n{picture}</figure>\n");
         }
     }
     body.push_str("</section>\n");
@@ -103,7 +103,8 @@ fn tiles(steps: &[Step], events: &[Event], records: &[Record]) -> String {
         let end = last.iter().map(|s| s.loss).sum::<f64>() / last.len() as f64;
         tile("Loss", format!("{end:.3}"), format!("from {:.3}", first.loss));
     }
-    let planned = records.iter().rev().find_map(|r| if let Record::Start(s) = r { Some(s.steps) } else { None });
+    let planned =
+        records.iter().rev().find_map(|r| if let Record::Start(s) = r { Some(s.steps) } else { None });
     let taken = steps.last().map_or(0, |s| s.step);
     let seconds = steps.last().map_or(0.0, |s| s.at);
     tile("Steps", taken.to_string(), format!("of {}, in {}", planned.unwrap_or(taken), duration(seconds)));
@@ -116,7 +117,11 @@ fn tiles(steps: &[Step], events: &[Event], records: &[Record]) -> String {
     let count = |what| events.iter().filter(|e| e.what == what).count();
     let workers = steps.last().map_or(0, |s| s.workers);
     let (lost, joined) = (count(What::Lost), count(What::Joined));
-    let note = if lost + joined == 0 { "none lost".to_owned() } else { format!("{lost} lost, {joined} joined on the way") };
+    let note = if lost + joined == 0 {
+        "none lost".to_owned()
+    } else {
+        format!("{lost} lost, {joined} joined on the way")
+    };
     tile("Workers", workers.to_string(), note);
     let overlaps: Vec<f64> = steps.iter().filter_map(Step::overlap).collect();
     if !overlaps.is_empty() {
@@ -180,7 +185,8 @@ fn table(body: &mut String, events: &[Event]) {
 }
 
 fn facts(body: &mut String, page: &Page, records: &[Record]) {
-    let hash = records.iter().rev().find_map(|r| if let Record::End(end) = r { end.weights.clone() } else { None });
+    let hash =
+        records.iter().rev().find_map(|r| if let Record::End(end) = r { end.weights.clone() } else { None });
     body.push_str("<section><h2>The job</h2>\n<dl>\n");
     for (name, value) in &page.facts {
         let _ = writeln!(body, "<dt>{}</dt><dd>{}</dd>", escaped(name), escaped(value));
@@ -190,7 +196,11 @@ fn facts(body: &mut String, page: &Page, records: &[Record]) {
     }
     body.push_str("</dl>\n");
     if !page.job.is_empty() {
-        let _ = writeln!(body, "<details><summary>The job's file</summary><pre>{}</pre></details>", escaped(&page.job));
+        let _ = writeln!(
+            body,
+            "<details><summary>The job's file</summary><pre>{}</pre></details>",
+            escaped(&page.job)
+        );
     }
     body.push_str("</section>\n");
 }
@@ -315,7 +325,8 @@ mod tests {
 
     #[test]
     fn many_events_are_cut_in_the_middle() {
-        let records: Vec<Record> = (0..200).map(|i| event(What::Checkpoint, &format!("number {i}."))).collect();
+        let records: Vec<Record> =
+            (0..200).map(|i| event(What::Checkpoint, &format!("number {i}."))).collect();
         let html = html(&Page::default(), &records);
         assert!(html.contains("number 29.") && !html.contains("number 30.") && html.contains("number 199."));
         assert!(html.contains("140 more"));

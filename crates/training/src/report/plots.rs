@@ -86,7 +86,8 @@ pub(super) fn throughput(steps: &[Step], events: &[Event]) -> Option<String> {
 
 /// The share of communication that backward hid.
 pub(super) fn overlap(steps: &[Step], events: &[Event]) -> Option<String> {
-    let points: Vec<(f64, f64)> = steps.iter().filter_map(|s| Some((s.step as f64, 100.0 * s.overlap()?))).collect();
+    let points: Vec<(f64, f64)> =
+        steps.iter().filter_map(|s| Some((s.step as f64, 100.0 * s.overlap()?))).collect();
     let smooth = (points.len() / 60).clamp(1, 50);
     draw(&Plot {
         title: "Share of communication hidden behind backward, by step",
@@ -117,7 +118,8 @@ pub(super) fn gradient(steps: &[Step], events: &[Event]) -> Option<String> {
 }
 
 fn marks(events: &[Event], x: impl Fn(&Event) -> f64) -> Vec<(f64, What)> {
-    let shown = |e: &&Event| matches!(e.what, What::Lost | What::Joined | What::CheckpointFailed | What::Stopped);
+    let shown =
+        |e: &&Event| matches!(e.what, What::Lost | What::Joined | What::CheckpointFailed | What::Stopped);
     events.iter().filter(shown).map(|e| (x(e), e.what)).take(200).collect()
 }
 
@@ -244,7 +246,10 @@ mod tests {
         assert!(loss(&[], &[]).is_none() && loss(&[step(1, 1.0, 1.0)], &[]).is_none());
         assert!(loss(&[step(1, f64::NAN, 1.0), step(2, f64::INFINITY, 1.0)], &[]).is_none());
         let same = loss(&[step(1, 2.0, 0.0), step(2, 2.0, 0.0)], &[]).unwrap();
-        assert!(same.starts_with("<svg role") && same.contains("var(--line)") && !same.contains("#0"), "{same}");
+        assert!(
+            same.starts_with("<svg role") && same.contains("var(--line)") && !same.contains("#0"),
+            "{same}"
+        );
         assert!(throughput(&[step(1, 2.0, 0.0), step(2, 2.0, 0.0)], &[]).is_some());
         assert!(overlap(&[step(1, 2.0, 0.0), step(2, 2.0, 0.0)], &[]).is_none(), "nothing was sent");
     }
