@@ -10,7 +10,7 @@ use consort_inference::EngineOptions;
 use consort_tensor::buffer::Buffer;
 use consort_tensor::{Cpu, Pool};
 use consort_training::checkpoint;
-use consort_training::job::{Job, ModelSource, Plan};
+use consort_training::job::{Job, ModelSource, Plan, in_count};
 use consort_training::parallel::{Finished, Reason, weights_hash};
 use consort_training::report::{Page, Sample, html};
 use consort_training::{Layout, Optimizer, save};
@@ -208,7 +208,7 @@ fn report(
             format!(
                 "A {} model of {} parameters, trained from nothing on {}",
                 config.family,
-                plan.parameters,
+                in_count(plan.parameters),
                 names(job)
             )
         }

@@ -391,7 +391,8 @@ impl Watch<'_> {
             }
             self.tick()?;
             if self.due.is_empty() && self.workers.iter().all(|worker| worker.child.is_none()) {
-                self.status.end(self.finished.is_some(), &self.places());
+                let complete = self.finished.as_ref().is_some_and(|finished| finished.reason == Reason::Done);
+                self.status.end(self.step, complete, &self.places());
                 return Ok(());
             }
         }

@@ -126,9 +126,15 @@ impl Published {
         });
     }
 
-    pub(crate) fn end(&mut self, complete: bool, places: &[Place]) {
+    pub(crate) fn end(&mut self, step: u64, complete: bool, places: &[Place]) {
         if let Some(last) = self.last.take() {
-            self.put(Report { unix_ms: unix_ms(), ended: Some(complete), places: places.to_vec(), ..last });
+            self.put(Report {
+                unix_ms: unix_ms(),
+                step,
+                ended: Some(complete),
+                places: places.to_vec(),
+                ..last
+            });
         }
     }
 

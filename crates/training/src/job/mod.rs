@@ -22,8 +22,7 @@ use crate::parallel::{Outer, Wire};
 use crate::{Decay, OptimizerConfig, Schedule};
 
 pub use file::read;
-pub(crate) use plan::in_count;
-pub use plan::{Machine, Part, Plan, Refusal, plan};
+pub use plan::{Machine, Part, Plan, Refusal, in_count, plan};
 
 /// A job.
 #[derive(Clone, Debug, PartialEq)]

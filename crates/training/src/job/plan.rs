@@ -248,7 +248,7 @@ pub(crate) fn in_bytes(n: u64) -> String {
 }
 
 /// A count for people: `134.5M`.
-pub(crate) fn in_count(n: u64) -> String {
+pub fn in_count(n: u64) -> String {
     match n {
         0..10_000 => n.to_string(),
         10_000..1_000_000 => format!("{:.0}k", n as f64 / 1e3),

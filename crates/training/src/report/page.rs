@@ -56,7 +56,11 @@ pub fn html(page: &Page, records: &[Record]) -> String {
     );
     body.push_str("<section class=\"plots\">\n");
     for (title, note, picture) in [
-        ("Loss", "Mean loss of each step (pale) and its running mean.", plots::loss(&steps, &events)),
+        (
+            "Loss",
+            "Mean loss of each step (pale) and its running mean, in nats a token.",
+            plots::loss(&steps, &events),
+        ),
         (
             "Throughput",
             "Tokens a second. Dashed lines: a worker was lost (red) or joined (green).",

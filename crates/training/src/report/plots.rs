@@ -10,7 +10,7 @@ use plotters::style::text_anchor::{HPos, Pos, VPos};
 use super::{Event, Step, What};
 
 const WIDTH: u32 = 760;
-const HEIGHT: u32 = 300;
+const HEIGHT: u32 = 340;
 /// Roles.
 const INK: RGBColor = RGBColor(1, 1, 1);
 const GRID: RGBColor = RGBColor(2, 2, 2);
@@ -39,6 +39,8 @@ pub(super) struct Plot<'a> {
     pub(super) points: Vec<(f64, f64)>,
     /// The curve is drawn through means of this many neighbours, and the values themselves behind it; 1 for the values.
     pub(super) smooth: usize,
+    /// Equal ratios are equal lengths.
+    pub(super) logarithmic: bool,
     /// The axis begins at 0.
     pub(super) from_zero: bool,
     /// The axis ends here at least.
@@ -53,13 +55,17 @@ pub(super) struct Plot<'a> {
 
 /// The loss of each step.
 pub(super) fn loss(steps: &[Step], events: &[Event]) -> Option<String> {
-    let points = steps.iter().map(|s| (s.step as f64, s.loss)).collect();
+    let points: Vec<(f64, f64)> = steps.iter().map(|s| (s.step as f64, s.loss)).collect();
+    let (low, high) = bounds(points.iter().map(|p| p.1).filter(|loss| loss.is_finite()));
+    // What a model learns last would lie flat below what it learns first.
+    let logarithmic = low > 0.0 && high > 4.0 * low;
     let marks = marks(events, |e| e.step as f64);
     draw(&Plot {
         title: "Loss by step",
         x: "step",
         points,
         smooth: (steps.len() / 40).clamp(1, 100),
+        logarithmic,
         from_zero: false,
         to: None,
         label: |v| format!("{v:.2}"),
@@ -76,6 +82,7 @@ pub(super) fn throughput(steps: &[Step], events: &[Event]) -> Option<String> {
         x: "seconds",
         points,
         smooth: (steps.len() / 60).clamp(1, 50),
+        logarithmic: false,
         from_zero: true,
         to: None,
         label: |v| if v >= 1000.0 { format!("{:.1}k", v / 1e3) } else { format!("{v:.0}") },
@@ -94,6 +101,7 @@ pub(super) fn overlap(steps: &[Step], events: &[Event]) -> Option<String> {
         x: "step",
         points,
         smooth,
+        logarithmic: false,
         from_zero: true,
         to: Some(100.0),
         label: |v| format!("{v:.0} %"),
@@ -109,6 +117,7 @@ pub(super) fn gradient(steps: &[Step], events: &[Event]) -> Option<String> {
         x: "step",
         points: steps.iter().map(|s| (s.step as f64, s.gradient_norm)).collect(),
         smooth: (steps.len() / 40).clamp(1, 100),
+        logarithmic: false,
         from_zero: true,
         to: None,
         label: |v| format!("{v:.2}"),
@@ -150,17 +159,25 @@ fn draw(plot: &Plot<'_>) -> Option<String> {
 type Drawn<'a> = Result<(), DrawingAreaErrorKind<<SVGBackend<'a> as DrawingBackend>::ErrorType>>;
 
 fn on<'a>(root: &DrawingArea<SVGBackend<'a>, Shift>, plot: &Plot<'_>, points: &[(f64, f64)]) -> Drawn<'a> {
+    let logarithms: Vec<(f64, f64)>;
+    let points = if plot.logarithmic {
+        logarithms = points.iter().map(|(x, y)| (*x, y.log10())).collect();
+        &logarithms[..]
+    } else {
+        points
+    };
+    let written = |y: f64| (plot.label)(if plot.logarithmic { 10f64.powf(y) } else { y });
     let (x0, x1) = bounds(points.iter().map(|p| p.0));
     let (low, high) = bounds(points.iter().map(|p| p.1));
     let room = (high - low) * 0.06;
     let low = if plot.from_zero { 0.0 } else { low - room };
     let high = plot.to.map_or(high + room, |to| to.max(high));
-    let text = || ("sans-serif", 13).into_font().color(&INK);
+    let text = || ("sans-serif", 19).into_font().color(&INK);
     let mut chart = ChartBuilder::on(root)
         .margin_top(14)
         .margin_right(18)
-        .x_label_area_size(34)
-        .y_label_area_size(54)
+        .x_label_area_size(46)
+        .y_label_area_size(72)
         .build_cartesian_2d(x0..x1, low..high)?;
     chart
         .configure_mesh()
@@ -169,10 +186,10 @@ fn on<'a>(root: &DrawingArea<SVGBackend<'a>, Shift>, plot: &Plot<'_>, points: &[
         .light_line_style(TRANSPARENT)
         .axis_style(GRID.stroke_width(1))
         .label_style(text())
-        .x_labels(8)
+        .x_labels(6)
         .y_labels(5)
         .x_label_formatter(&|x| format!("{x:.0}"))
-        .y_label_formatter(&|y| (plot.label)(*y))
+        .y_label_formatter(&|y| written(*y))
         .draw()?;
     for (x, what) in plot.marks.iter().filter(|(x, _)| (x0..=x1).contains(x)) {
         let colour = if *what == What::Joined { GOOD } else { BAD };
