@@ -356,9 +356,13 @@ fn processes_of_a_clusters_starter_find_each_other() {
 
 #[test]
 fn a_place_that_takes_no_checkpoint_costs_no_step() {
-    let blocked = tempfile::NamedTempFile::new().unwrap();
+    // Root may write anywhere, so what is in the way is a file where a checkpoint's folder would be.
+    let blocked = tempfile::tempdir().unwrap();
+    for step in [5, 10, 12] {
+        fs::write(blocked.path().join(format!("step-{step:010}")), "").unwrap();
+    }
     let place = Place::with(12, |job| {
-        job.replace("every = 5", &format!("every = 5\nlocation = \"{}/x\"", blocked.path().display()))
+        job.replace("every = 5", &format!("every = 5\nlocation = \"{}\"", blocked.path().display()))
     });
     let ended = place.train(&[]).end();
     assert_eq!(ended.status.code(), Some(1));

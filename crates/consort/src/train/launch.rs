@@ -503,7 +503,7 @@ impl Watch<'_> {
             self.record(What::Joined, text);
         }
         if first {
-            self.show.say(&format!("{workers} workers have met"));
+            self.show.say(&super::show::workers_met(workers));
         }
         (self.members, self.epoch, self.unaccounted) = (workers, epoch, 0);
         self.show.members(workers);
@@ -520,16 +520,21 @@ impl Watch<'_> {
                 self.metrics.event(What::Checkpoint, text, step, self.begun.elapsed());
             }
             checkpoint::Event::Failed { step, reason } => {
-                self.record(
-                    What::CheckpointFailed,
-                    format!("step {step} was not written, the job goes on: {reason}"),
-                );
+                let text = format!("step {step} was not written, the job goes on: {reason}");
+                self.record_once(What::CheckpointFailed, text);
             }
             checkpoint::Event::Skipped { step } => {
                 let text = format!("step {step} was left out: the one before it was still being written");
-                self.record(What::CheckpointFailed, text);
+                self.record_once(What::CheckpointFailed, text);
             }
             checkpoint::Event::Written { .. } => {}
+        }
+    }
+
+    /// Notes an event that several workers tell of.
+    fn record_once(&mut self, what: What, text: String) {
+        if self.show.once(&text) {
+            self.metrics.event(what, text, self.step, self.begun.elapsed());
         }
     }
 

@@ -15,6 +15,9 @@ const LINE: Duration = Duration::from_secs(5);
 /// Steps whose pace counts for the time that is left.
 const PACE: usize = 30;
 
+/// Lines that are remembered, so as not to say them again.
+const MOST_SAID: usize = 1000;
+
 /// Draws it.
 pub(crate) struct Show {
     quiet: bool,
@@ -55,11 +58,16 @@ impl Show {
         }
     }
 
-    /// Writes a line that several workers would say, once.
-    pub(crate) fn once(&mut self, text: &str) {
-        if self.said.insert(text.to_owned()) {
+    /// Writes a line that several workers would say, once; whether it was news.
+    pub(crate) fn once(&mut self, text: &str) -> bool {
+        let news = self.said.insert(text.to_owned());
+        if self.said.len() > MOST_SAID {
+            self.said.clear();
+        }
+        if news {
             self.say(text);
         }
+        news
     }
 
     /// How far the making of samples is.
@@ -152,6 +160,11 @@ impl Show {
             bar.finish_and_clear();
         }
     }
+}
+
+/// The beginning of the work.
+pub(crate) fn workers_met(n: usize) -> String {
+    if n == 1 { "the worker begins".to_owned() } else { format!("{n} workers have met") }
 }
 
 fn workers(n: usize) -> String {

@@ -206,20 +206,17 @@ fn line(place: &Place, now: u64) -> String {
         return format!("  {what}");
     };
     let silent = now.saturating_sub(place.heard_unix_ms);
-    let Some(status) = &place.status else {
-        return format!("  process {pid}  is starting ({})", seconds(silent));
+    let mut line = match &place.status {
+        None => format!("  process {pid}  is starting ({})", seconds(silent)),
+        Some(status) => {
+            let (rank, step, doing) = (status.rank, status.step, doing(&status.activity));
+            let since = seconds(status.since_ms + silent);
+            format!("  process {pid}  rank {rank}  step {step}  {doing} for {since}")
+        }
     };
-    let mut line =
-        format!("  process {pid}  rank {}  step {}  {}", status.rank, status.step, doing(&status.activity));
-    let _ = write!(line, " for {}", seconds(status.since_ms + silent));
-    if let Some(talking) = &status.talking {
-        let _ = write!(
-            line,
-            "; in {} (call {}) for {}",
-            talking.what,
-            talking.sequence,
-            seconds(talking.since_ms + silent)
-        );
+    if let Some(talking) = place.status.as_ref().and_then(|status| status.talking.as_ref()) {
+        let since = seconds(talking.since_ms + silent);
+        let _ = write!(line, "; in {} (call {}) for {since}", talking.what, talking.sequence);
     }
     if place.stopped {
         let _ = write!(line, "; STOPPED: a signal stopped the process (kill -CONT {pid} lets it go on)");

@@ -189,8 +189,11 @@ impl Publisher {
     fn start(board: Board, attached: Attached) -> Result<Publisher> {
         let (end, ended) = mpsc::channel();
         let publish = move || {
-            while let Err(RecvTimeoutError::Timeout) = ended.recv_timeout(STATUS) {
+            loop {
                 say(attached, &Said::Status(board.status()));
+                if ended.recv_timeout(STATUS) != Err(RecvTimeoutError::Timeout) {
+                    return;
+                }
             }
         };
         let thread = std::thread::Builder::new().name("status".into()).spawn(publish);

@@ -104,6 +104,15 @@ impl Writer {
         Ok(Writer { config, share, work, spare, parts: Vec::new(), events, own, busy: false, thread })
     }
 
+    /// Waits until the checkpoint before is written, or has failed, so that the next one isn't skipped; at most `limit`.
+    pub fn settle(&mut self, limit: Duration) {
+        if self.busy
+            && let Ok(parts) = self.spare.recv_timeout(limit)
+        {
+            (self.parts, self.busy) = (parts, false);
+        }
+    }
+
     /// Copies this worker's share and has it written; returns when it is copied. A checkpoint that would have to wait for
     /// the one before it is skipped.
     ///

@@ -84,6 +84,14 @@ impl Saver {
         self.last == Some(step) && !self.unfinished
     }
 
+    /// Waits for the checkpoint before: the last one of a job must not be left out because that one is slow.
+    pub(super) fn settle(&mut self) {
+        let limit = self.config.patience;
+        if let Some(writer) = &mut self.writer {
+            writer.settle(limit);
+        }
+    }
+
     /// Copies this worker's share; returns when it is copied.
     pub(super) fn save(&mut self, step: u64, trainer: &Trainer, job: JobState) {
         let layout = trainer.decoder().layout();

@@ -384,6 +384,14 @@ impl Run<'_, '_> {
         })
     }
 
+    /// Behind this there is no next time for a checkpoint that would be skipped.
+    fn settle(&mut self) {
+        self.board.doing(self.state.step, Activity::Saving);
+        if let Some(saver) = &mut self.saver {
+            saver.settle();
+        }
+    }
+
     fn save(&mut self) {
         let job = self.job();
         if let Some(saver) = &mut self.saver {
@@ -425,6 +433,7 @@ impl Run<'_, '_> {
         // Nobody needs this worker any more, and it needs nobody: who is lost from now on is no loss.
         self.link = None;
         if self.saver.as_ref().is_some_and(|saver| !saver.has(self.state.step)) {
+            self.settle();
             self.save();
         }
         let events = self.saver.as_mut().map(Saver::finish).unwrap_or_default();
