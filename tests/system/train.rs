@@ -158,6 +158,7 @@ impl Training {
             if let Some(status) = self.child.try_wait().unwrap() {
                 break status;
             }
+            self.heard.extend(self.lines.try_iter());
             assert!(Instant::now() < until, "it doesn't end; it said:\n{}", self.heard.join("\n"));
             std::thread::sleep(Duration::from_millis(5));
         };
@@ -309,6 +310,19 @@ fn workers_whose_launcher_is_killed_stop_with_a_checkpoint() {
     assert!(newest >= Some(6), "{newest:?}");
     let resumed = place.train(&["--json", "--resume"]).end();
     assert_eq!(resumed.weights(), expected, "{}", resumed.errors);
+}
+
+#[test]
+fn a_job_whose_workers_all_die_at_once_goes_on_from_its_checkpoint() {
+    let expected = expected();
+    let place = Place::new(STEPS);
+    let mut training = place.train(&["--json", "--workers", "2"]);
+    let workers = [training.pid(0), training.pid(1)];
+    place.wait_for_step(12);
+    workers.map(|pid| send(pid, rustix::process::Signal::KILL));
+    let ended = training.end();
+    assert_eq!(ended.weights(), expected, "{}", ended.errors);
+    assert!(ended.errors.contains("going on behind step "), "{}", ended.errors);
 }
 
 #[test]

@@ -60,6 +60,9 @@ enum What {
     Worker {
         /// The file that says where the workers meet
         meeting: PathBuf,
+        /// Go on from the newest checkpoint
+        #[arg(long)]
+        resume: bool,
     },
 }
 
@@ -104,7 +107,7 @@ impl Train {
         match self.what {
             Some(What::Status(status)) => return status.run(),
             Some(What::Export(export)) => return export.run(),
-            Some(What::Worker { meeting }) => return worker::child(&meeting),
+            Some(What::Worker { meeting, resume }) => return worker::child(&meeting, resume),
             None => {}
         }
         let Some(path) = self.job else {

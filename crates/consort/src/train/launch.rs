@@ -297,11 +297,13 @@ struct Worker {
     shown: Place,
     /// It said why it ends.
     failed: bool,
+    /// It has had a rank in an epoch, so it has the job's state.
+    member: bool,
 }
 
 impl Worker {
     fn new(number: usize) -> Worker {
-        Worker { number, child: None, shown: Place::new(number), failed: false }
+        Worker { number, child: None, shown: Place::new(number), failed: false, member: false }
     }
 }
 
@@ -340,6 +342,12 @@ impl Watch<'_> {
         let itself = std::env::current_exe().context("can't find this program to start a worker")?;
         let mut command = Command::new(itself);
         command.args(["train", "worker"]).arg(&self.meeting);
+        // One who comes while others run gets the state from them. Where all are gone, the last checkpoint has it.
+        let others =
+            self.external || self.workers.iter().any(|worker| worker.child.is_some() && worker.member);
+        if self.workers[number].shown.starts > 0 && !others {
+            command.arg("--resume");
+        }
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
         // A Ctrl-C in the terminal is for the launcher, which tells the workers.
         #[cfg(unix)]
@@ -373,7 +381,7 @@ impl Watch<'_> {
         })?;
         let worker = &mut self.workers[number];
         worker.shown.started(pid);
-        (worker.child, worker.failed) = (Some((child, input)), false);
+        (worker.child, worker.failed, worker.member) = (Some((child, input)), false, false);
         self.show.say(&format!("worker {number} is process {pid}"));
         Ok(())
     }
@@ -462,9 +470,24 @@ impl Watch<'_> {
                 self.show.once(&format!("going on behind step {step}"));
             }
             Said::Finished(finished) => self.ended(number, finished)?,
-            Said::Event(event) => self.event(event)?,
+            Said::Event(event) => {
+                worker.member |= matches!(event, Event::Started { .. });
+                self.event(event)?;
+            }
         }
         Ok(())
+    }
+
+    /// Newcomers come too late for a job that is over: nobody would let them in.
+    fn send_home(&mut self) {
+        self.due.clear();
+        for worker in self.workers.iter_mut().filter(|worker| !worker.member) {
+            if let Some((child, _)) = &mut worker.child {
+                worker.shown.done = true;
+                // It may have ended by itself.
+                let _ = child.kill();
+            }
+        }
     }
 
     fn event(&mut self, event: Event) -> Result<()> {
@@ -562,6 +585,7 @@ impl Watch<'_> {
         if self.finished.as_ref().is_none_or(better) {
             self.finished = Some(finished);
         }
+        self.send_home();
         Ok(())
     }
 

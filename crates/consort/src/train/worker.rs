@@ -211,7 +211,10 @@ impl Drop for Publisher {
     }
 }
 
-/// The hidden mode: a worker of the launcher that wrote `meeting`.
-pub(crate) fn child(meeting: &Path) -> Result<()> {
-    work(&Meeting::read(meeting)?, Attached::Child, None).map(|_| ())
+/// The hidden mode: a worker of the launcher that wrote `meeting`. With `resume` it goes on from the newest checkpoint, where the
+/// others that had the job's state are gone.
+pub(crate) fn child(meeting: &Path, resume: bool) -> Result<()> {
+    let mut meeting = Meeting::read(meeting)?;
+    meeting.resume |= resume;
+    work(&meeting, Attached::Child, None).map(|_| ())
 }
