@@ -333,7 +333,7 @@ impl Run<'_, '_> {
         // A round of local steps may pass the step that a checkpoint is due at.
         let due = self.plan.checkpoint_every.is_some_and(|every| step / every > (step - taken) / every);
         if due || last || stop || store_lost || self.saver.as_ref().is_some_and(Saver::owes) {
-            if last || committed.stop {
+            if last || stop || store_lost {
                 self.settle();
             }
             self.save();
