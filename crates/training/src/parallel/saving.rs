@@ -51,7 +51,8 @@ impl Saver {
 
     /// This worker is one of others now.
     pub(super) fn members(&mut self, worker: usize, workers: usize) {
-        if (self.config.worker, self.config.workers) != (worker, workers) {
+        // Of a checkpoint that was begun with those who are gone, a share may be missing for ever.
+        if self.pending || (self.config.worker, self.config.workers) != (worker, workers) {
             self.retire();
             (self.config.worker, self.config.workers) = (worker, workers);
         }
