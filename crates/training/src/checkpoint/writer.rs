@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::io;
 use std::ops::Range;
 use std::sync::mpsc::{self, Receiver, Sender, SyncSender, TrySendError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -18,6 +19,10 @@ use super::{CheckpointConfig, FORMAT, JobState, MANIFEST, MAX_MANIFEST, Manifest
 use super::{folder, note, step_of};
 use crate::Error;
 
+/// How long shares of a checkpoint are still waited for once the last one of a job waits for it.
+const SETTLING: Duration = Duration::from_secs(2);
+/// The same once a later one was left out for it.
+const OVERDUE: Duration = Duration::from_secs(20);
 /// How often the first worker looks for the others' notes.
 const LOOK: Duration = Duration::from_millis(50);
 
@@ -69,6 +74,8 @@ pub struct Writer {
     events: Receiver<Event>,
     own: Sender<Event>,
     busy: bool,
+    /// When the first worker gives up a checkpoint whose shares don't come: sooner, once a newer one waits for it.
+    give_up: Arc<Mutex<Option<Instant>>>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -97,18 +104,39 @@ impl Writer {
         let (give_back, spare) = mpsc::channel();
         let (own, events) = mpsc::channel();
         let share = cut(layout.parameters(), config.worker, config.workers);
-        let thread = Thread { config: config.clone(), store, snapshots, give_back, events: own.clone() };
+        let give_up = Arc::new(Mutex::new(None));
+        let thread = Thread {
+            config: config.clone(),
+            store,
+            snapshots,
+            give_back,
+            events: own.clone(),
+            give_up: Arc::clone(&give_up),
+        };
         let thread = std::thread::Builder::new().name("checkpoint".to_owned()).spawn(move || thread.run());
         let thread = thread.map_err(|error| Error::Checkpoint(format!("no thread: {error}")))?;
         let (work, thread) = (Some(work), Some(thread));
-        Ok(Writer { config, share, work, spare, parts: Vec::new(), events, own, busy: false, thread })
+        Ok(Writer {
+            config,
+            share,
+            work,
+            spare,
+            parts: Vec::new(),
+            events,
+            own,
+            busy: false,
+            give_up,
+            thread,
+        })
     }
 
     /// Waits until the checkpoint before is written, or has failed, so that the next one isn't skipped; at most `limit`.
     pub fn settle(&mut self, limit: Duration) {
-        if self.busy
-            && let Ok(parts) = self.spare.recv_timeout(limit)
-        {
+        if !self.busy {
+            return;
+        }
+        self.hurry(SETTLING);
+        if let Ok(parts) = self.spare.recv_timeout(limit) {
             (self.parts, self.busy) = (parts, false);
         }
     }
@@ -131,6 +159,7 @@ impl Writer {
             match self.spare.try_recv() {
                 Ok(parts) => (self.parts, self.busy) = (parts, false),
                 Err(_) => {
+                    self.hurry(OVERDUE);
                     // Nobody may listen.
                     let _ = self.own.send(Event::Skipped { step });
                     return;
@@ -163,6 +192,7 @@ impl Writer {
         }
         let snapshot = Box::new(Snapshot { step, job, buffers: state.len(), parts, tensors });
         self.busy = true;
+        *self.give_up.lock().unwrap_or_else(PoisonError::into_inner) = None;
         match self.work.as_ref().map(|work| work.try_send(snapshot)) {
             Some(Ok(())) => {}
             Some(Err(TrySendError::Full(_) | TrySendError::Disconnected(_))) | None => {
@@ -170,6 +200,13 @@ impl Writer {
                 let _ = self.own.send(Event::Failed { step, reason });
             }
         }
+    }
+
+    /// Shares that haven't come `after` now don't come: a worker may be gone, or have left this checkpoint out.
+    fn hurry(&self, after: Duration) {
+        let mut give_up = self.give_up.lock().unwrap_or_else(PoisonError::into_inner);
+        let until = Instant::now() + after;
+        *give_up = Some(give_up.map_or(until, |earlier| earlier.min(until)));
     }
 
     /// What became of checkpoints since the last call.
@@ -235,6 +272,7 @@ struct Thread {
     snapshots: Receiver<Box<Snapshot>>,
     give_back: Sender<Vec<Part>>,
     events: Sender<Event>,
+    give_up: Arc<Mutex<Option<Instant>>>,
 }
 
 impl Thread {
@@ -284,6 +322,11 @@ impl Thread {
         format!("{}/{name}: {error}", self.config.location.trim_end_matches('/'))
     }
 
+    /// Whether a newer checkpoint has waited long enough for this one.
+    fn given_up(&self) -> bool {
+        self.give_up.lock().unwrap_or_else(PoisonError::into_inner).is_some_and(|when| Instant::now() >= when)
+    }
+
     /// Waits for all shares and makes a checkpoint of them.
     fn complete(&self, snapshot: &Snapshot) -> Result<(), String> {
         let until = Instant::now() + self.config.patience;
@@ -294,7 +337,7 @@ impl Thread {
             let text = loop {
                 match self.store.get(&name, MAX_MANIFEST).map_err(|error| self.said(&name, &error))? {
                     Some(text) => break text,
-                    None if Instant::now() >= until => {
+                    None if Instant::now() >= until || self.given_up() => {
                         return Err(format!(
                             "worker {worker} didn't write its share in {:?}",
                             self.config.patience

@@ -122,7 +122,7 @@ pub fn plan(job: &Job, model: &ModelConfig, data: &Report, machine: Machine) -> 
                 in_bytes(has)
             );
             plan.table(&mut why);
-            let _ = write!(why, "  {workers} such workers on this machine: {}\n", in_bytes(needed));
+            let _ = writeln!(why, "  {workers} such workers on this machine: {}", in_bytes(needed));
             why.push_str(&cures(job, &plan, has));
             refuse(why)
         }

@@ -227,7 +227,7 @@ fn means(points: &[(f64, f64)], width: usize) -> Vec<(f64, f64)> {
 /// Evenly chosen points, the last among them.
 fn thinned(points: &[(f64, f64)]) -> Vec<(f64, f64)> {
     let every = points.len().div_ceil(MOST_POINTS).max(1);
-    let last = points.last().copied().filter(|_| (points.len() - 1) % every != 0);
+    let last = points.last().copied().filter(|_| !(points.len() - 1).is_multiple_of(every));
     points.iter().copied().step_by(every).chain(last).collect()
 }
 
