@@ -318,7 +318,7 @@ fn a_job_whose_workers_all_die_at_once_goes_on_from_its_checkpoint() {
     let place = Place::new(STEPS);
     let mut training = place.train(&["--json", "--workers", "2"]);
     let workers = [training.pid(0), training.pid(1)];
-    place.wait_for_step(12);
+    wait("a checkpoint", || place.metrics().iter().any(|r| r["what"] == "checkpoint"));
     workers.map(|pid| send(pid, rustix::process::Signal::KILL));
     let ended = training.end();
     assert_eq!(ended.weights(), expected, "{}", ended.errors);
