@@ -319,7 +319,7 @@ fn a_job_whose_workers_all_die_at_once_goes_on_from_its_checkpoint() {
     let mut training = place.train(&["--json", "--workers", "2"]);
     let workers = [training.pid(0), training.pid(1)];
     wait("a checkpoint", || place.metrics().iter().any(|r| r["what"] == "checkpoint"));
-    workers.map(|pid| send(pid, rustix::process::Signal::KILL));
+    workers.iter().for_each(|pid| send(*pid, rustix::process::Signal::KILL));
     let ended = training.end();
     assert_eq!(ended.weights(), expected, "{}", ended.errors);
     assert!(ended.errors.contains("going on behind step "), "{}", ended.errors);
