@@ -32,6 +32,7 @@ pub(crate) struct Key([u8; 32]);
 pub(crate) enum Purpose {
     Store = 1,
     Mesh = 2,
+    Link = 3,
 }
 
 impl Key {

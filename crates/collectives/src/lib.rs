@@ -22,6 +22,8 @@
 //!   steps before it are done with, so chunks are pipelined in segments whatever the algorithm.
 //! - `control`: who is alive. One thread a group listens to a connection from every peer; a process that dies closes it.
 //!
+//! [`link`] is the other way to talk: questions and answers between any two processes of a job, without ranks.
+//!
 //! [`Store`] is where members meet: it forms an epoch, and after a failure the survivors' next one.
 //!
 //! The protocol, the order of additions and what each failure becomes are in `ALGORITHM.md` beside this crate's
@@ -36,6 +38,7 @@ mod element;
 mod error;
 mod flow;
 mod group;
+pub mod link;
 mod mesh;
 mod net;
 mod pending;

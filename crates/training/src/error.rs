@@ -31,6 +31,9 @@ pub enum Error {
         /// The step that was not taken.
         step: u64,
     },
+    /// A parameter server, or the job around it, can't go on.
+    #[error("{0}")]
+    Server(String),
     /// The model refused a batch, or memory was refused.
     #[error(transparent)]
     Model(#[from] consort_model::Error),

@@ -12,6 +12,7 @@ mod optimizer;
 pub mod parallel;
 pub mod report;
 mod schedule;
+pub mod server;
 mod trainer;
 
 pub use consort_model::train::{

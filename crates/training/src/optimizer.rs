@@ -3,6 +3,8 @@
 //! State lies in flat buffers of the layout's order, so that a checkpoint or a newcomer gets it in one piece, and a
 //! shard of it is a range.
 
+use std::ops::Range;
+
 use consort_model::train::{Gradients, Layout};
 use consort_tensor::Pool;
 use consort_tensor::buffer::Buffer;
@@ -80,7 +82,7 @@ impl OptimizerConfig {
     }
 
     /// Buffers of the layout's length that it remembers.
-    fn buffers(&self) -> usize {
+    pub(crate) fn buffers(&self) -> usize {
         if matches!(self, OptimizerConfig::AdamW { .. }) { 2 } else { 1 }
     }
 }
@@ -151,37 +153,58 @@ impl Optimizer {
     ) {
         assert_eq!(weights.len(), layout.len(), "weights of this layout");
         self.steps += 1;
-        let (learning_rate, gradient_scale) = (learning_rate as f32, gradient_scale as f32);
+        let update = Update {
+            config: self.config,
+            step: self.steps,
+            learning_rate: learning_rate as f32,
+            gradient_scale: gradient_scale as f32,
+        };
         for (index, bucket) in layout.buckets().iter().enumerate() {
             for (range, decays) in layout.decay_pieces(index) {
                 let gradient =
                     &gradients.buckets[index][range.start - bucket.start..range.end - bucket.start];
                 let values = &mut weights[range.clone()];
-                match (self.config, &mut self.state[..]) {
-                    (
-                        OptimizerConfig::AdamW { beta1, beta2, epsilon, weight_decay },
-                        [mean, mean_square, ..],
-                    ) => {
-                        let adam = AdamW {
-                            learning_rate,
-                            beta1,
-                            beta2,
-                            epsilon,
-                            weight_decay: if decays { weight_decay } else { 0.0 },
-                            step: self.steps,
-                            gradient_scale,
-                        };
-                        let mean = &mut mean[range.clone()];
-                        adam.update(pool, values, gradient, mean, &mut mean_square[range]);
-                    }
-                    (OptimizerConfig::Sgd { momentum, nesterov, weight_decay }, [velocity, ..]) => {
-                        let weight_decay = if decays { weight_decay } else { 0.0 };
-                        let sgd = Sgd { learning_rate, momentum, nesterov, weight_decay, gradient_scale };
-                        sgd.update(pool, values, gradient, &mut velocity[range]);
-                    }
-                    _ => unreachable!("an optimizer has the buffers of its kind"),
-                }
+                update.apply(pool, decays, values, gradient, &mut self.state, range);
             }
+        }
+    }
+}
+
+/// One step of some values, wherever they and their state lie.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Update {
+    pub(crate) config: OptimizerConfig,
+    /// The step's number, from 1.
+    pub(crate) step: u64,
+    pub(crate) learning_rate: f32,
+    pub(crate) gradient_scale: f32,
+}
+
+impl Update {
+    /// Moves `values` against `gradient`; `range` is where these values' state lies in the buffers of `state`.
+    pub(crate) fn apply(
+        &self,
+        pool: &Pool,
+        decays: bool,
+        values: &mut [f32],
+        gradient: &[f32],
+        state: &mut [Buffer<f32>],
+        range: Range<usize>,
+    ) {
+        let Update { config, step, learning_rate, gradient_scale } = *self;
+        match (config, state) {
+            (OptimizerConfig::AdamW { beta1, beta2, epsilon, weight_decay }, [mean, mean_square, ..]) => {
+                let weight_decay = if decays { weight_decay } else { 0.0 };
+                let adam = AdamW { learning_rate, beta1, beta2, epsilon, weight_decay, step, gradient_scale };
+                let mean = &mut mean[range.clone()];
+                adam.update(pool, values, gradient, mean, &mut mean_square[range]);
+            }
+            (OptimizerConfig::Sgd { momentum, nesterov, weight_decay }, [velocity, ..]) => {
+                let weight_decay = if decays { weight_decay } else { 0.0 };
+                let sgd = Sgd { learning_rate, momentum, nesterov, weight_decay, gradient_scale };
+                sgd.update(pool, values, gradient, &mut velocity[range]);
+            }
+            _ => unreachable!("an optimizer has the buffers of its kind"),
         }
     }
 }

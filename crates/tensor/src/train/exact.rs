@@ -133,6 +133,37 @@ impl Grid {
     }
 }
 
+/// Adds `from` to `into`, both sums on one grid.
+///
+/// # Panics
+/// If lengths differ.
+pub fn add_sums(pool: &Pool, from: &[i64], into: &mut [i64]) {
+    assert_eq!(from.len(), into.len(), "sums of one length");
+    each(pool, into, |start, part| {
+        let from = &from[start..start + part.len()];
+        part.iter_mut().zip(from).for_each(|(into, from)| *into = into.wrapping_add(*from));
+    });
+}
+
+/// Makes sums 0.
+pub fn clear_sums(pool: &Pool, sums: &mut [i64]) {
+    each(pool, sums, |_, part| part.fill(0));
+}
+
+/// Hands parts of `sums`, with where they begin, to the pool's threads.
+fn each(pool: &Pool, sums: &mut [i64], work: impl Fn(usize, &mut [i64]) + Sync) {
+    let len = sums.len();
+    if len <= GRAIN {
+        return work(0, sums);
+    }
+    let sums = Disjoint::new(sums);
+    pool.run(|worker| {
+        let range = worker.split(len, GRAIN);
+        // SAFETY: ranges of different workers don't overlap.
+        work(range.start, unsafe { sums.part(range) });
+    });
+}
+
 /// 2^k for a k of a normal double.
 fn power_of_two(k: i32) -> f64 {
     f64::from_bits(((k + 1023) as u64) << 52)
@@ -270,6 +301,18 @@ mod tests {
                 let most = Grid::for_largest(1.0).add(&pool, &values, &mut vec![0; 9001]);
                 assert!(!most.is_finite(), "{odd} gives {most}");
             }
+        }
+    }
+
+    #[test]
+    fn sums_add_up_and_clear_on_any_threads() {
+        for pool in pools() {
+            let from: Vec<i64> = (0..9001).collect();
+            let mut into: Vec<i64> = (0..9001).map(|i| i * i).collect();
+            add_sums(&pool, &from, &mut into);
+            assert!(into.iter().enumerate().all(|(i, &sum)| sum == (i * i + i) as i64));
+            clear_sums(&pool, &mut into);
+            assert!(into.iter().all(|&sum| sum == 0));
         }
     }
 

@@ -1,0 +1,352 @@
+//! Which server holds which shard: a pure state machine.
+//!
+//! A shard has a primary and a backup, and an *epoch* that grows with every change of either. Who has an old epoch is
+//! refused by whoever has a new one: a primary that slept through its own replacement can't get a backup to agree, and so
+//! can't acknowledge anything. The rules, which are those of primary and backup with a master beside them (vertical
+//! Paxos II without the reconfiguration of logs; Lamport, Malkhi and Zhou 2009):
+//!
+//! - A backup counts as one when its primary says that it holds everything (`in_sync`). Until then it is never promoted.
+//! - From then on the primary acknowledges nothing that the backup lacks, and can't decide otherwise by itself: it says
+//!   that it suspects its backup, and goes on alone only in the epoch that follows.
+//! - A server that is silent for a lease, or whose connection closes, is lost. A lost primary's backup takes its place; a
+//!   shard without a copy in sync is lost, and the job with it: there is a checkpoint for that.
+//! - A server that has room becomes the backup of a shard without one.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+/// A server's number. Never used twice: one that was given up comes back as new.
+pub type ServerId = u64;
+
+/// Where a shard is.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Placement {
+    /// Grows with every change.
+    pub epoch: u64,
+    /// The epoch in which its primary became that.
+    pub since: u64,
+    /// Who answers for it.
+    pub primary: Option<ServerId>,
+    /// Who could take over, or is about to be able to.
+    pub backup: Option<ServerId>,
+    /// The backup holds all that was acknowledged.
+    pub in_sync: bool,
+}
+
+/// What a server is to do for a shard.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Duty {
+    /// The shard.
+    pub shard: usize,
+    /// Its epoch.
+    pub epoch: u64,
+    /// Primary, or else backup.
+    pub primary: bool,
+    /// A primary's backup.
+    pub backup: Option<String>,
+}
+
+/// Where workers find a shard.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Route {
+    /// Its epoch.
+    pub epoch: u64,
+    /// Its primary.
+    pub address: String,
+}
+
+/// What changed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Change {
+    /// A backup took over.
+    FailedOver {
+        /// The shard.
+        shard: usize,
+        /// Its new epoch.
+        epoch: u64,
+        /// Who was lost.
+        from: ServerId,
+        /// Who took over.
+        to: ServerId,
+    },
+    /// A shard has no backup that holds everything.
+    Unprotected {
+        /// The shard.
+        shard: usize,
+        /// Its epoch.
+        epoch: u64,
+    },
+    /// A shard's backup holds everything.
+    Protected {
+        /// The shard.
+        shard: usize,
+        /// Its epoch.
+        epoch: u64,
+        /// The backup.
+        backup: ServerId,
+    },
+    /// The last copy of a shard is gone.
+    Lost {
+        /// The shard.
+        shard: usize,
+    },
+}
+
+struct Server {
+    address: String,
+    heard: Duration,
+}
+
+/// The servers and their shards. Times are since any fixed beginning.
+pub struct Cluster {
+    lease: Duration,
+    /// Servers that the beginning waits for.
+    expected: usize,
+    next: ServerId,
+    servers: BTreeMap<ServerId, Server>,
+    shards: Vec<Placement>,
+    formed: bool,
+}
+
+impl Cluster {
+    /// `shards` shards that begin when `expected` servers are there.
+    pub fn new(shards: usize, expected: usize, lease: Duration) -> Cluster {
+        Cluster {
+            lease,
+            expected: expected.max(1),
+            next: 1,
+            servers: BTreeMap::new(),
+            shards: vec![Placement::default(); shards],
+            formed: false,
+        }
+    }
+
+    /// Where the shards are.
+    pub fn placements(&self) -> &[Placement] {
+        &self.shards
+    }
+
+    /// Whether every shard was given to somebody.
+    pub fn formed(&self) -> bool {
+        self.formed
+    }
+
+    /// Servers that live.
+    pub fn servers(&self) -> usize {
+        self.servers.len()
+    }
+
+    /// A server that listens at `address` came.
+    pub fn register(&mut self, now: Duration, address: &str) -> ServerId {
+        let id = self.next;
+        self.next += 1;
+        self.servers.insert(id, Server { address: address.to_owned(), heard: now });
+        if !self.formed && self.servers.len() >= self.expected {
+            let all: Vec<ServerId> = self.servers.keys().copied().collect();
+            for (shard, placement) in self.shards.iter_mut().enumerate() {
+                (placement.epoch, placement.since) = (1, 1);
+                placement.primary = Some(all[shard % all.len()]);
+            }
+            self.formed = true;
+        }
+        self.fill();
+        id
+    }
+
+    /// A server gave a sign of life; `false`: it was given up, and has to come back as new.
+    pub fn heard(&mut self, now: Duration, id: ServerId) -> bool {
+        self.servers.get_mut(&id).map(|server| server.heard = now).is_some()
+    }
+
+    /// Time passed: who was silent for the lease is lost.
+    pub fn tick(&mut self, now: Duration) -> Vec<Change> {
+        let late = |server: &Server| now.saturating_sub(server.heard) > self.lease;
+        let lost: Vec<ServerId> = self.servers.iter().filter(|(_, s)| late(s)).map(|(id, _)| *id).collect();
+        lost.into_iter().flat_map(|id| self.gone(id)).collect()
+    }
+
+    /// A server is lost.
+    pub fn gone(&mut self, id: ServerId) -> Vec<Change> {
+        if self.servers.remove(&id).is_none() {
+            return Vec::new();
+        }
+        let mut changes = Vec::new();
+        for (shard, placement) in self.shards.iter_mut().enumerate() {
+            if placement.backup == Some(id) {
+                (placement.backup, placement.in_sync) = (None, false);
+                placement.epoch += 1;
+                changes.push(Change::Unprotected { shard, epoch: placement.epoch });
+            } else if placement.primary == Some(id) {
+                placement.epoch += 1;
+                placement.primary = placement.backup.take().filter(|_| placement.in_sync);
+                (placement.in_sync, placement.since) = (false, placement.epoch);
+                changes.push(match placement.primary {
+                    Some(to) => Change::FailedOver { shard, epoch: placement.epoch, from: id, to },
+                    None => Change::Lost { shard },
+                });
+            }
+        }
+        self.fill();
+        changes
+    }
+
+    /// A primary says that its backup holds everything.
+    pub fn in_sync(&mut self, id: ServerId, shard: usize, epoch: u64) -> Vec<Change> {
+        match self.current(id, shard, epoch) {
+            Some(Placement { backup: Some(backup), in_sync, .. }) if !*in_sync => {
+                *in_sync = true;
+                vec![Change::Protected { shard, epoch, backup: *backup }]
+            }
+            _ => Vec::new(),
+        }
+    }
+
+    /// A primary can't reach its backup. Another one is named, or the same again if there is no other: it then gets a
+    /// new copy.
+    pub fn suspect(&mut self, id: ServerId, shard: usize, epoch: u64) -> Vec<Change> {
+        let Some(placement) = self.current(id, shard, epoch) else { return Vec::new() };
+        let Some(suspected) = placement.backup.take() else { return Vec::new() };
+        placement.in_sync = false;
+        placement.epoch += 1;
+        let changes = vec![Change::Unprotected { shard, epoch: placement.epoch }];
+        let other = self.candidate(shard, Some(suspected)).or_else(|| self.candidate(shard, None));
+        self.shards[shard].backup = other;
+        self.fill();
+        changes
+    }
+
+    /// Whether this server is the shard's primary, and was in this epoch: its backup may have changed since.
+    pub fn is_primary(&self, id: ServerId, shard: usize, epoch: u64) -> bool {
+        let held = |p: &Placement| p.primary == Some(id) && (p.since..=p.epoch).contains(&epoch);
+        self.shards.get(shard).is_some_and(held)
+    }
+
+    fn current(&mut self, id: ServerId, shard: usize, epoch: u64) -> Option<&mut Placement> {
+        self.shards.get_mut(shard).filter(|p| p.epoch == epoch && p.primary == Some(id))
+    }
+
+    /// Gives shards without a backup one, where there is somebody.
+    fn fill(&mut self) {
+        let bare: Vec<usize> = (0..self.shards.len())
+            .filter(|&s| self.shards[s].primary.is_some() && self.shards[s].backup.is_none())
+            .collect();
+        for shard in bare {
+            if let Some(backup) = self.candidate(shard, None) {
+                let placement = &mut self.shards[shard];
+                (placement.backup, placement.in_sync) = (Some(backup), false);
+                placement.epoch += 1;
+            }
+        }
+    }
+
+    /// The server with the fewest duties that is not this shard's primary, nor `but`.
+    fn candidate(&self, shard: usize, but: Option<ServerId>) -> Option<ServerId> {
+        let primary = self.shards[shard].primary;
+        let duties = |id: ServerId| {
+            self.shards.iter().filter(|p| p.primary == Some(id) || p.backup == Some(id)).count()
+        };
+        self.servers
+            .keys()
+            .copied()
+            .filter(|&id| Some(id) != primary && Some(id) != but)
+            .min_by_key(|&id| duties(id))
+    }
+
+    /// What a server is to do.
+    pub fn duties(&self, id: ServerId) -> Vec<Duty> {
+        let own = |(shard, placement): (usize, &Placement)| {
+            let primary = placement.primary == Some(id);
+            let backup = placement.backup.and_then(|b| self.servers.get(&b)).map(|s| s.address.clone());
+            (primary || placement.backup == Some(id)).then_some(Duty {
+                shard,
+                epoch: placement.epoch,
+                primary,
+                backup: backup.filter(|_| primary),
+            })
+        };
+        self.shards.iter().enumerate().filter_map(own).collect()
+    }
+
+    /// Where workers find the shards; empty until all have a primary.
+    pub fn routes(&self) -> Vec<Route> {
+        let route = |placement: &Placement| {
+            let address = self.servers.get(&placement.primary?)?.address.clone();
+            Some(Route { epoch: placement.epoch, address })
+        };
+        self.shards.iter().map(route).collect::<Option<_>>().unwrap_or_default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn at(ms: u64) -> Duration {
+        Duration::from_millis(ms)
+    }
+
+    fn pair() -> Cluster {
+        let mut cluster = Cluster::new(2, 2, at(100));
+        assert_eq!(cluster.register(at(0), "a"), 1);
+        assert!(!cluster.formed() && cluster.routes().is_empty());
+        assert_eq!(cluster.register(at(0), "b"), 2);
+        cluster
+    }
+
+    #[test]
+    fn each_is_primary_of_one_and_backup_of_the_other() {
+        let cluster = pair();
+        assert_eq!(
+            cluster.duties(1),
+            [
+                Duty { shard: 0, epoch: 2, primary: true, backup: Some("b".into()) },
+                Duty { shard: 1, epoch: 2, primary: false, backup: None }
+            ]
+        );
+        assert_eq!(cluster.routes()[1], Route { epoch: 2, address: "b".into() });
+    }
+
+    #[test]
+    fn a_backup_takes_over_only_when_it_holds_everything() {
+        let mut cluster = pair();
+        let epoch = cluster.placements()[0].epoch;
+        assert_eq!(cluster.in_sync(2, 0, epoch), [], "not the primary");
+        assert_eq!(cluster.in_sync(1, 0, epoch - 1), [], "an old epoch");
+        assert_eq!(cluster.in_sync(1, 0, epoch), [Change::Protected { shard: 0, epoch, backup: 2 }]);
+        assert!(cluster.heard(at(90), 2));
+        assert_eq!(cluster.tick(at(100)), []);
+        // Shard 1's backup was not yet in sync, but its primary lives.
+        assert_eq!(
+            cluster.tick(at(101)),
+            [
+                Change::FailedOver { shard: 0, epoch: epoch + 1, from: 1, to: 2 },
+                Change::Unprotected { shard: 1, epoch: epoch + 1 }
+            ]
+        );
+        assert!(!cluster.heard(at(102), 1), "who was given up comes back as new");
+        assert_eq!(cluster.register(at(102), "a"), 3);
+        assert_eq!(cluster.duties(3).len(), 2, "as the backup of both");
+        assert!(!cluster.placements()[0].in_sync);
+        assert_eq!(
+            cluster.gone(2),
+            [Change::Lost { shard: 0 }, Change::Lost { shard: 1 }],
+            "the newcomer had nothing yet"
+        );
+        assert!(cluster.routes().is_empty());
+    }
+
+    #[test]
+    fn a_suspected_backup_is_replaced_in_a_new_epoch() {
+        let mut cluster = pair();
+        let epoch = cluster.placements()[0].epoch;
+        cluster.in_sync(1, 0, epoch);
+        cluster.register(at(1), "c");
+        assert_eq!(cluster.suspect(1, 0, epoch), [Change::Unprotected { shard: 0, epoch: epoch + 1 }]);
+        assert_eq!(cluster.placements()[0].backup, Some(3));
+        assert_eq!(cluster.suspect(1, 0, epoch), [], "said again, of an epoch that is over");
+        assert!(cluster.is_primary(1, 0, epoch + 1) && cluster.is_primary(1, 0, epoch));
+        assert!(!cluster.is_primary(1, 0, epoch + 2) && !cluster.is_primary(3, 0, epoch + 1));
+    }
+}

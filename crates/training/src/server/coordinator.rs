@@ -1,0 +1,299 @@
+//! The coordinator: which server holds what ([`Cluster`]) and who computes what ([`Progress`]), and where the two touch.
+//!
+//! Pure: questions come with the time, answers go back, and [`Coordinator::version`] says when servers' duties
+//! have changed. It keeps no gradients and no weights.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use consort_model::train::Loss;
+
+use super::cluster::{Change, Cluster, ServerId};
+use super::op::Ready;
+use super::progress::{Grant, Happened, Progress, Verdict, WorkerId};
+use super::seen::Seen;
+use super::spec::Spec;
+use super::wire::{Duties, Report};
+
+/// Happenings that wait to be read, at most; the oldest go first.
+const UNREAD: usize = 1 << 16;
+
+/// Something to tell the person who runs the job.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Event {
+    /// Of the servers.
+    Servers(Change),
+    /// Of the work.
+    Work(Happened),
+    /// A worker came.
+    Joined(WorkerId),
+    /// A worker is lost: its connection closed, or it was silent for its lease.
+    WorkerLost(WorkerId),
+}
+
+/// A job's coordinator. Times are since any fixed beginning.
+pub struct Coordinator {
+    spec: Arc<Spec>,
+    cluster: Cluster,
+    progress: Progress,
+    events: Vec<Event>,
+    version: u64,
+    failed: Option<String>,
+    /// How far each shard's backup lags, as its primary last said.
+    lags: BTreeMap<usize, u64>,
+    largest_lag: u64,
+    /// Shards whose new primary has not said yet what it holds.
+    unheard: BTreeMap<usize, u64>,
+}
+
+impl Coordinator {
+    /// A job that begins when `servers` servers are there. See [`Progress::new`].
+    ///
+    /// # Errors
+    /// [`crate::Error::Setting`].
+    pub fn new(
+        spec: Arc<Spec>,
+        servers: usize,
+        steps: u64,
+        updates: u64,
+        exponents: Option<Vec<i32>>,
+    ) -> Result<Coordinator, crate::Error> {
+        spec.check()?;
+        Ok(Coordinator {
+            cluster: Cluster::new(spec.shards.len(), servers, spec.lease()),
+            progress: Progress::new(Arc::clone(&spec), steps, updates, exponents),
+            spec,
+            events: Vec::new(),
+            version: 0,
+            failed: None,
+            lags: BTreeMap::new(),
+            largest_lag: 0,
+            unheard: BTreeMap::new(),
+        })
+    }
+
+    /// The job.
+    pub fn spec(&self) -> &Arc<Spec> {
+        &self.spec
+    }
+
+    /// Where the shards are.
+    pub fn cluster(&self) -> &Cluster {
+        &self.cluster
+    }
+
+    /// How far the work is.
+    pub fn progress(&self) -> &Progress {
+        &self.progress
+    }
+
+    /// Changes whenever a server's duties do.
+    pub fn version(&self) -> u64 {
+        self.version
+    }
+
+    /// Holds the synchronous job back behind so many steps, until it is told another number; `None` lets it go on.
+    pub fn hold(&mut self, steps: Option<u64>) {
+        self.progress.hold(steps);
+    }
+
+    /// Why the job can't go on, if it can't.
+    pub fn failed(&self) -> Option<&str> {
+        self.failed.as_deref()
+    }
+
+    /// The largest lag of a backup behind its primary that was reported, in changes.
+    pub fn largest_lag(&self) -> u64 {
+        self.largest_lag
+    }
+
+    /// What happened since the last call.
+    pub fn events(&mut self) -> Vec<Event> {
+        std::mem::take(&mut self.events)
+    }
+
+    fn note(&mut self, event: Event) {
+        if let Event::Work(Happened::Failed(reason)) = &event {
+            self.failed.get_or_insert_with(|| reason.clone());
+        }
+        if let Event::Servers(Change::Lost { shard }) = &event {
+            let reason = format!(
+                "shard {shard} is lost: no server is left that holds a complete copy of it. Start the job again from \
+                 its last checkpoint"
+            );
+            self.failed.get_or_insert(reason);
+        }
+        if let Event::Servers(Change::FailedOver { shard, epoch, .. }) = &event {
+            self.unheard.insert(*shard, *epoch);
+        }
+        if self.events.len() >= UNREAD {
+            self.events.remove(0);
+        }
+        self.events.push(event);
+    }
+
+    fn servers(&mut self, changes: Vec<Change>) {
+        self.version += 1;
+        changes.into_iter().for_each(|change| self.note(Event::Servers(change)));
+    }
+
+    fn work(&mut self, happened: Vec<Happened>) {
+        // Servers wait for decisions, and for nothing else of the work.
+        self.version += u64::from(happened.iter().any(|h| matches!(h, Happened::Step { .. })));
+        happened.into_iter().for_each(|happened| self.note(Event::Work(happened)));
+    }
+
+    /// Time passed.
+    pub fn tick(&mut self, now: Duration) {
+        let changes = self.cluster.tick(now);
+        if !changes.is_empty() {
+            self.servers(changes);
+        }
+        for id in self.progress.tick(now) {
+            self.version += 1;
+            self.note(Event::WorkerLost(id));
+        }
+    }
+
+    /// A server that listens at `address` came.
+    pub fn register(&mut self, now: Duration, address: &str) -> ServerId {
+        self.version += 1;
+        self.cluster.register(now, address)
+    }
+
+    /// A server's connection is closed.
+    pub fn server_gone(&mut self, id: ServerId) {
+        let changes = self.cluster.gone(id);
+        self.servers(changes);
+    }
+
+    /// What a server is to do; `None`: it was given up.
+    pub fn duties(&mut self, now: Duration, id: ServerId) -> Option<Duties> {
+        if !self.cluster.heard(now, id) {
+            return None;
+        }
+        let duties = self.cluster.duties(id);
+        let primary = duties.iter().filter(|duty| duty.primary);
+        let fences = primary.map(|duty| (duty.shard, self.progress.fences(duty.shard)));
+        Some(Duties {
+            version: self.version,
+            fences: fences.filter(|(_, workers)| !workers.is_empty()).collect(),
+            decision: self.progress.decision(),
+            duties,
+        })
+    }
+
+    /// A server reports on a shard; `false`: it was given up.
+    pub fn report(&mut self, now: Duration, id: ServerId, shard: usize, epoch: u64, report: Report) -> bool {
+        if !self.cluster.heard(now, id) {
+            return false;
+        }
+        if !self.cluster.is_primary(id, shard, epoch) {
+            return true;
+        }
+        match report {
+            Report::Ready(ready) => ready.into_iter().for_each(|ready| self.ready(shard, ready)),
+            Report::Fenced(workers) => {
+                workers.into_iter().for_each(|worker| self.progress.fenced(shard, worker));
+            }
+            Report::Promoted(seen) => {
+                if self.unheard.get(&shard).is_some_and(|since| *since <= epoch) {
+                    self.unheard.remove(&shard);
+                }
+                let own = &self.spec.shards[shard];
+                let seen: Vec<(usize, u32, Seen)> =
+                    seen.into_iter().filter(|(bucket, ..)| own.contains(bucket)).collect();
+                let happened = self.progress.promoted(&seen);
+                self.work(happened);
+            }
+            Report::InSync => {
+                let changes = self.cluster.in_sync(id, shard, epoch);
+                self.servers(changes);
+            }
+            Report::Suspect => {
+                let changes = self.cluster.suspect(id, shard, epoch);
+                self.servers(changes);
+            }
+            Report::Lag(lag) => {
+                self.lags.insert(shard, lag);
+                self.largest_lag = self.largest_lag.max(lag);
+            }
+        }
+        true
+    }
+
+    fn ready(&mut self, shard: usize, ready: Ready) {
+        if self.spec.shards[shard].contains(&ready.bucket) {
+            let happened = self.progress.ready(ready);
+            if !happened.is_empty() {
+                self.work(happened);
+            }
+        }
+    }
+
+    /// A worker comes.
+    pub fn join(&mut self, now: Duration) -> WorkerId {
+        let id = self.progress.join(now);
+        self.note(Event::Joined(id));
+        id
+    }
+
+    /// A worker gave a sign of life; `false`: it was given up.
+    pub fn heard(&mut self, now: Duration, id: WorkerId) -> bool {
+        self.progress.heard(now, id)
+    }
+
+    /// A worker's connection is closed. One that leaves because all is done is not lost.
+    pub fn worker_gone(&mut self, id: WorkerId) {
+        if self.progress.finished() {
+            self.progress.leave(id);
+        } else if self.progress.heard(Duration::ZERO, id) {
+            self.progress.lose(id);
+            self.version += 1;
+            self.note(Event::WorkerLost(id));
+        }
+    }
+
+    /// A worker has nothing to do; `None`: it was given up.
+    pub fn claim(&mut self, now: Duration, id: WorkerId) -> Option<Grant> {
+        if !self.progress.heard(now, id) {
+            return None;
+        }
+        if self.failed.is_some() {
+            return Some(Grant::Finished);
+        }
+        // Until a new primary has said what it holds, nobody knows what is left to do.
+        if !self.cluster.formed() || !self.unheard.is_empty() {
+            return Some(Grant::Wait);
+        }
+        Some(self.progress.claim(now, id))
+    }
+
+    /// A worker says that the servers of these epochs, one a shard, have acknowledged its pushes; `None`: it was given up.
+    pub fn finish(
+        &mut self,
+        now: Duration,
+        id: WorkerId,
+        (group, attempt): (u64, u32),
+        epochs: &[u64],
+        losses: Vec<Loss>,
+    ) -> Option<Verdict> {
+        if !self.progress.heard(now, id) {
+            return None;
+        }
+        // An acknowledgement of a primary that was replaced meanwhile is none. Changes of the backup alone take nothing
+        // away.
+        let primaries = self.cluster.placements().iter().zip(epochs);
+        let stands = primaries.len() == self.cluster.placements().len()
+            && primaries
+                .into_iter()
+                .all(|(placement, epoch)| *epoch >= placement.since && placement.primary.is_some());
+        if !stands || !self.unheard.is_empty() {
+            return Some(Verdict::Again);
+        }
+        let (verdict, happened) = self.progress.finish(id, group, attempt, losses);
+        self.work(happened);
+        Some(verdict)
+    }
+}
