@@ -34,6 +34,8 @@ const MICRO_BATCHES: usize = 8;
 /// The pace of a worker, and of the slow one.
 const PACE: Duration = Duration::from_millis(40);
 const SLOW: Duration = Duration::from_millis(160);
+/// How long a micro-batch may take before a worker with nothing to do computes it too.
+const SPECULATE: Duration = Duration::from_millis(60);
 /// More steps than any run takes.
 const STEPS: u64 = 1 << 20;
 
@@ -260,7 +262,7 @@ fn main() {
     let modes: [(&str, Option<(Mode, Duration)>); 5] = [
         ("ring", None),
         ("server, synchronous", Some((Mode::Synchronous, none))),
-        ("… with backup workers", Some((Mode::Synchronous, 2 * PACE))),
+        ("… with backup workers", Some((Mode::Synchronous, SPECULATE))),
         ("server, bounded by 2", Some((Mode::bounded(2), none))),
         ("server, asynchronous", Some((Mode::Asynchronous, none))),
     ];
@@ -301,7 +303,9 @@ fn main() {
          - **Server, synchronous.** The same weights, to the bit, as the ring's. But micro-batches are claimed one by one, \
          so the fast workers take most of them, and wait only for the last one that the slow one has.\n\
          - **With backup workers.** A worker that has nothing left computes a micro-batch that has taken {} ms elsewhere. \
-         Whoever pushes first counts; the bits are the same.\n\
+         Whoever pushes first counts; the bits are the same. That helps against a worker that is slow now and then. One \
+         that is always slow comes out of a micro-batch that nobody needs any more in the middle of the next step, and \
+         claims one there.\n\
          - **Bounded by 2.** Nobody is more than two micro-batches ahead of the slowest. Against a worker that is slow now \
          and then that is enough; behind one that is always slow, all are slow in the end.\n\
          - **Asynchronous.** Nobody waits. Every push moves the weights, so these are {MICRO_BATCHES} updates a step, on \
@@ -310,7 +314,7 @@ fn main() {
          promise stands in [parameter-server.md](parameter-server.md).\n",
         PACE.as_millis(),
         SLOW.as_millis(),
-        2 * PACE.as_millis(),
+        SPECULATE.as_millis(),
     );
     std::fs::write(folder.join("stragglers.md"), page).unwrap();
 }

@@ -34,6 +34,9 @@ pub enum Error {
     /// A parameter server, or the job around it, can't go on.
     #[error("{0}")]
     Server(String),
+    /// The launcher ended the job before its last step.
+    #[error("the job was ended by its launcher")]
+    Ended,
     /// The model refused a batch, or memory was refused.
     #[error(transparent)]
     Model(#[from] consort_model::Error),

@@ -86,6 +86,7 @@ impl Directory for Office {
     fn routes(&self) -> Result<Vec<Route>, Error> {
         match self.ask(&Ask::Routes)? {
             Told::Routes(routes) => Ok(routes),
+            Told::Ended => Err(Error::Ended),
             told => Err(unexpected(&told)),
         }
     }

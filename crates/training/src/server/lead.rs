@@ -80,6 +80,14 @@ impl Shared {
         self.spec.lease() / 5
     }
 
+    /// How often a worker that waits looks for somebody slow.
+    fn look(&self) -> Duration {
+        match self.spec.speculate_ms {
+            0 => self.patience(),
+            ms => Duration::from_millis((ms / 8).max(1)),
+        }
+    }
+
     fn answer(&self, connection: u64, ask: Ask) -> Told {
         let now = self.start.elapsed();
         let mut inner = self.lock();
@@ -167,7 +175,8 @@ impl Shared {
             let left = until.saturating_duration_since(Instant::now());
             match inner.coordinator.claim(self.start.elapsed(), worker) {
                 None => return Told::Unknown,
-                Some(Grant::Wait) if !left.is_zero() => inner = self.wait(inner, left),
+                // That somebody else has become slow is told by time alone.
+                Some(Grant::Wait) if !left.is_zero() => inner = self.wait(inner, left.min(self.look())),
                 Some(grant) => return Told::Grant(grant),
             }
         }

@@ -709,3 +709,17 @@ fn a_slow_worker_slows_nobody_where_updates_are_asynchronous() {
     let bounded = time(Mode::bounded(2), 200, 4);
     assert!(bounded > 4 * and_a_slow_one, "who waits for the slowest is slow: {bounded} ms");
 }
+
+/// A worker with nothing to do computes what is slow elsewhere, and the bits are the same.
+#[test]
+fn backup_workers_shorten_a_step() {
+    let run = |speculate_ms| {
+        let spec = Spec { speculate_ms, groups: 8, ..job(2) };
+        let mut world = World::new(1, spec, 2, 4, Weather::default());
+        world.workers[0].slow = 40;
+        world.run();
+        (world.now, world.weights())
+    };
+    let ((plain, weights), (helped, same)) = (run(0), run(20));
+    assert!(weights == same && helped < plain * 3 / 4, "{plain} ms, with help {helped} ms");
+}

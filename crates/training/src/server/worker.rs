@@ -118,7 +118,7 @@ pub fn work(connect: &Connect, compute: &mut dyn Compute) -> Result<Worked, Erro
             Told::Ended => return Ok(worked),
             told => return Err(unexpected(&told)),
         };
-        let ending = std::thread::scope(|scope| {
+        let ending: Result<Ending, Error> = std::thread::scope(|scope| {
             let beat = Arc::new(Beat::default());
             let beating = connect.coordinator()?;
             let (interval, beats) = (spec.lease() / 5, Arc::clone(&beat));
@@ -142,10 +142,11 @@ pub fn work(connect: &Connect, compute: &mut dyn Compute) -> Result<Worked, Erro
             });
             beat.stop();
             ending
-        })?;
+        });
         match ending {
-            Ending::JobOver => return Ok(worked),
-            Ending::GivenUp => {
+            Ok(Ending::JobOver) | Err(Error::Ended) => return Ok(worked),
+            Err(error) => return Err(error),
+            Ok(Ending::GivenUp) => {
                 tracing::warn!(worker = id, "was given up; comes back as new");
                 worked.returns += 1;
             }
