@@ -81,9 +81,11 @@ fn with_deaths(job: Spec, deaths: &[(&str, &str)]) -> (Holdings, Vec<Event>) {
     let mut workers: Vec<Process> = (0..3).map(|_| Process::start("worker", &lead, steps)).collect();
     let mut events = Vec::new();
     for (round, (who, signal)) in deaths.iter().enumerate() {
-        // At any moment of a later step.
-        let from = lead.look(|c| c.progress().step().0.max(c.progress().done() / 4));
-        while lead.look(|c| c.progress().step().0.max(c.progress().done() / 4)) <= from {
+        // At any moment of these steps; the job doesn't get past them meanwhile.
+        let part = steps / (deaths.len() as u64 + 2);
+        let from = part * (round as u64 + 1);
+        lead.hold(Some(from + part));
+        while lead.look(|c| c.progress().step().0.max(c.progress().done() / 4)) < from {
             events.extend(lead.events(Duration::from_millis(5)));
             lead.finished().unwrap();
         }
@@ -105,6 +107,7 @@ fn with_deaths(job: Spec, deaths: &[(&str, &str)]) -> (Holdings, Vec<Event>) {
             of.push(victim);
         }
     }
+    lead.hold(None);
     lead.run(&mut |event| events.push(event.clone())).unwrap();
     (lead.fetch().unwrap(), events)
 }

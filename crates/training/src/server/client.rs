@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use consort_collectives::link::{Link, Message};
 
 use super::cluster::Route;
+use super::spec::Spec;
 use super::wire::{Answer, Ask, Order, Told, head, said};
 use crate::Error;
 
@@ -103,17 +104,21 @@ pub(super) struct Shards<'d> {
     token: Vec<u8>,
     body_bytes: usize,
     patience: Duration,
+    /// How long one server may take: one that is stopped keeps its connections, and another has its place by then.
+    attempt: Duration,
     routes: Vec<Route>,
     links: BTreeMap<String, Link>,
 }
 
 impl<'d> Shards<'d> {
-    pub(super) fn new(directory: &'d dyn Directory, connect: &Connect, body_bytes: usize) -> Shards<'d> {
+    pub(super) fn new(directory: &'d dyn Directory, connect: &Connect, spec: &Spec) -> Shards<'d> {
         Shards {
             directory,
             token: connect.token.clone(),
-            body_bytes,
+            body_bytes: spec.body_bytes(),
             patience: connect.patience,
+            // A server says something within a lease; the rest is for the bytes, at 16 MiB a second.
+            attempt: 2 * spec.lease() + Duration::from_secs(1 + (spec.body_bytes() >> 24) as u64),
             routes: Vec::new(),
             links: BTreeMap::new(),
         }
@@ -131,7 +136,7 @@ impl<'d> Shards<'d> {
         let mut pause = Duration::from_millis(2);
         loop {
             if let Some(route) = self.routes.get(shard).cloned() {
-                match self.once(&route, &order(route.epoch), body, until) {
+                match self.once(&route, &order(route.epoch), body, until.min(Instant::now() + self.attempt)) {
                     Ok((Answer::Wait, _)) => reason = "it does not get on".to_owned(),
                     Ok((Answer::Elsewhere { .. }, _)) => {
                         reason = format!("{} is not its primary", route.address);

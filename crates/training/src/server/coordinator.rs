@@ -93,7 +93,7 @@ impl Coordinator {
         self.version
     }
 
-    /// Holds the synchronous job back behind so many steps, until it is told another number; `None` lets it go on.
+    /// Holds the job back behind so many steps, until it is told another number; `None` lets it go on.
     pub fn hold(&mut self, steps: Option<u64>) {
         self.progress.hold(steps);
     }

@@ -274,7 +274,7 @@ impl Lead {
     }
 
     fn shards(&self) -> Shards<'_> {
-        Shards::new(&*self.shared, &self.connect, self.shared.spec.body_bytes())
+        Shards::new(&*self.shared, &self.connect, &self.shared.spec)
     }
 
     /// Gives the shards what the job begins with, once the servers are there.
@@ -350,7 +350,7 @@ impl Lead {
         Ok(all)
     }
 
-    /// Lets a synchronous job take no step from this one on, until it is told another number; `None`: no end.
+    /// Lets the job hand out nothing from this step on, until it is told another number; `None`: no end.
     pub fn hold(&self, steps: Option<u64>) {
         self.shared.lock().coordinator.hold(steps);
         self.shared.changed.notify_all();

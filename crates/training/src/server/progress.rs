@@ -194,7 +194,7 @@ impl Progress {
         (self.step.step, &self.step.exponents)
     }
 
-    /// Hands out no group of this step or a later one of a synchronous job; `None`: all.
+    /// Hands out no group of this step or a later one; `None`: all.
     pub fn hold(&mut self, step: Option<u64>) {
         self.hold = step;
     }
@@ -296,9 +296,7 @@ impl Progress {
             return Grant::Finished;
         }
         self.begun |= self.live().count() as u64 >= self.spec.workers;
-        if !self.begun
-            || self.hold.is_some_and(|hold| self.spec.mode == Mode::Synchronous && self.step.step >= hold)
-        {
+        if !self.begun || self.hold.is_some_and(|hold| self.holds(hold)) {
             return Grant::Wait;
         }
         if let Mode::Bounded { staleness } = self.spec.mode
@@ -338,6 +336,14 @@ impl Progress {
                 _ => Vec::new(),
             },
         })
+    }
+
+    /// Whether everything before step `hold` is handed out.
+    fn holds(&self, hold: u64) -> bool {
+        match self.spec.mode {
+            Mode::Synchronous => self.step.step >= hold,
+            _ => self.reopened.is_empty() && self.next >= hold.saturating_mul(self.spec.groups),
+        }
     }
 
     /// Where gradients are compared, no worker gives more of a step's than its share: one that is wrong stays one.

@@ -210,12 +210,10 @@ impl Carriers {
             let (give, tasks_of_shard) = mpsc::sync_channel(2 * buckets);
             tasks.push(give);
             let (office, connect, report) = (connect.coordinator()?, connect.clone(), report.clone());
-            let body_bytes = spec.body_bytes();
+            let spec = Arc::clone(spec);
             std::thread::Builder::new()
                 .name("worker-carries".into())
-                .spawn_scoped(scope, move || {
-                    carry(shard, &office, &connect, body_bytes, &tasks_of_shard, &report)
-                })
+                .spawn_scoped(scope, move || carry(shard, &office, &connect, &spec, &tasks_of_shard, &report))
                 .map_err(|e| Error::Server(format!("cannot start a thread: {e}")))?;
         }
         let place = |bucket| spec.shards.iter().position(|own| own.contains(&bucket)).unwrap_or_default();
@@ -240,11 +238,11 @@ fn carry(
     shard: usize,
     office: &Office,
     connect: &Connect,
-    body_bytes: usize,
+    spec: &Spec,
     tasks: &Receiver<Task>,
     report: &SyncSender<Done>,
 ) {
-    let mut shards = Shards::new(office, connect, body_bytes);
+    let mut shards = Shards::new(office, connect, spec);
     while let Ok(task) = tasks.recv() {
         let done = match task {
             Task::Pull { bucket, step } => {
