@@ -6,6 +6,7 @@ mod support;
 
 use std::time::Duration;
 
+use consort_api::deployment::Balancing;
 use consort_api::{ApiKeyRecord, KeyLimits, Numerics};
 use consort_gateway::HedgeSettings;
 use serde_json::json;
@@ -109,6 +110,28 @@ async fn a_whole_answer_whose_class_is_lost_begins_anew_on_another() {
     assert_eq!(answer["choices"][0]["message"]["content"], WORDS, "{answer}");
     assert_eq!(answer["system_fingerprint"], "b");
     assert!(answer.get("consort").is_none(), "it is of one class: {answer}");
+}
+
+#[tokio::test]
+async fn the_way_to_balance_is_the_owners_choice_also_while_it_runs() {
+    let replicas = [Replica::start("a").await, Replica::start("a").await];
+    let door = door(settings(), &fleet(&replicas, Numerics::SameClass)).await;
+    let ask = async |times: usize| {
+        let before = replicas.each_ref().map(|replica| replica.count());
+        for _ in 0..times {
+            // Long enough to be worth a look at its beginning.
+            let body = chat(json!({"messages": [{"role": "user", "content": "same ".repeat(200)}]}));
+            assert_eq!(door.post(&[], &body).await.status, 200);
+        }
+        [0, 1].map(|i| replicas[i].count() - before[i])
+    };
+    let mut home = ask(6).await;
+    home.sort_unstable();
+    assert_eq!(home, [0, 6], "a prompt goes where its beginning is");
+    let mut turns = settings();
+    turns.replicas.balancing = Balancing::RoundRobin;
+    door.gateway.set_settings(turns);
+    assert_eq!(ask(6).await, [3, 3]);
 }
 
 #[tokio::test]

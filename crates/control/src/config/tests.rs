@@ -1,3 +1,5 @@
+use consort_api::deployment::Balancing;
+
 use super::*;
 
 fn refused(source: &str) -> String {
@@ -25,6 +27,16 @@ fn the_example_is_accepted_and_says_what_it_means() {
 fn the_shortest_file_has_the_defaults() {
     let read = read("f", "[models.chat]\nsource = \"smollm2-135m-instruct\"\n").unwrap();
     assert_eq!(read, Deployment::of("chat", "smollm2-135m-instruct", 1));
+}
+
+#[test]
+fn a_way_to_balance_is_one_of_four() {
+    let file = |way: &str| format!("balancing = {way}\n[models.chat]\nsource = \"x\"\n");
+    let read = read("f", &file("\"least_requests\"")).unwrap();
+    assert_eq!(read.balancing, Balancing::LeastRequests);
+    let said = refused(&file("\"fastest\""));
+    assert!(said.contains("no such way") && said.contains("\"round_robin\""), "{said}");
+    assert!(refused(&file("3")).contains("expected a string"));
 }
 
 #[test]
