@@ -9,10 +9,10 @@ use std::sync::mpsc::{self, Receiver, RecvTimeoutError, SyncSender};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
-use consort_collectives::{Store, StoreOptions};
+use consort_collectives::{JoinOptions, Store, StoreOptions};
 use consort_training::checkpoint;
 use consort_training::job::{Machine, Plan, plan};
-use consort_training::parallel::{Event, Finished, Reason};
+use consort_training::parallel::{Event, Finished, HOST_SETTLE, HOST_SILENCE, Reason};
 use consort_training::report::What;
 
 use super::meeting::Meeting;
@@ -157,7 +157,12 @@ impl<'a> Launcher<'a> {
             (false, None) => "0.0.0.0:0".to_owned(),
         };
         let workers = rank.map_or(job.workers, |rank| rank.world_size);
-        let store = Store::listen(&listen, token.as_bytes(), StoreOptions::new(workers))?;
+        let (usual, mut options) = (JoinOptions::new("", b""), StoreOptions::new(workers));
+        if alone {
+            options.settle = HOST_SETTLE;
+        }
+        let silence = if alone { HOST_SILENCE } else { usual.silence };
+        let store = Store::listen(&listen, token.as_bytes(), options)?;
         let port = store.address().port();
         let store_address = match (alone, environment::master()) {
             (true, _) => store.address().to_string(),
@@ -172,6 +177,7 @@ impl<'a> Launcher<'a> {
             workers,
             steps: plan.steps,
             threads: plan.threads,
+            silence: job.train.silence.unwrap_or(silence),
             resume: wishes.resume,
             prepared: prepared.clone(),
         };

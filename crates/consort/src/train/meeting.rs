@@ -35,6 +35,8 @@ pub(crate) struct Meeting {
     pub(crate) steps: u64,
     /// Compute threads of a worker on the launcher's machine.
     pub(crate) threads: usize,
+    /// How long a worker may say nothing before the others go on without it.
+    pub(crate) silence: Duration,
     /// Go on from the newest checkpoint.
     pub(crate) resume: bool,
     /// What was prepared.
@@ -122,6 +124,7 @@ mod tests {
             workers: 2,
             steps: 3,
             threads: 1,
+            silence: Duration::from_secs(5),
             resume: false,
             prepared,
         };

@@ -101,7 +101,7 @@ fn run(
     };
     let mut join = JoinOptions::new(&meeting.store, meeting.token.as_bytes());
     join.deadline = job.train.deadline;
-    join.silence = job.train.silence;
+    join.silence = meeting.silence;
     let mut worker = Worker::new(trainer, &dataset, plan, Membership::Group(join), Some(checkpoints))?;
     if meeting.resume
         && let Some(resumed) = worker.resume()?

@@ -64,8 +64,8 @@ impl Grid {
         f64::from(largest) * self.scale() < LIMIT
     }
 
-    /// Whether values up to `largest` fit and the grid is no coarser for them than [`COARSE`] allows; nothing is too small
-    /// for a grid if there is nothing.
+    /// Whether values up to `largest` fit and the grid is fine enough for them; nothing is too small for a grid if there is
+    /// nothing.
     pub fn suits(self, largest: f32) -> bool {
         self.fits(largest) && (largest == 0.0 || f64::from(largest) * self.scale() >= COARSE)
     }

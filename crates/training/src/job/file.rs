@@ -267,7 +267,8 @@ fn train(mut section: Section<'_>, problems: &mut Vec<Problem>) -> Train {
     let algorithm = section.get("algorithm", None, problems, algorithm).value;
     let (second, day) = (Duration::from_secs(1), Duration::from_secs(86_400));
     let deadline = section.get("deadline", default.deadline, problems, duration(second, day));
-    let silence = section.get("silence", default.silence, problems, duration(second / 2, day)).value;
+    let quarter = duration(second / 4, day);
+    let silence = section.get("silence", None, problems, |value| quarter(value).map(Some)).value;
     let outer =
         section.table("local_steps", problems).map(|table| (table.header(), local_steps(table, problems)));
     let (asked, header) = (section.has("steps") || section.has("epochs"), section.header());
@@ -443,7 +444,7 @@ impl Default for Train {
             algorithm: None,
             outer: None,
             deadline: Duration::from_secs(600),
-            silence: Duration::from_secs(5),
+            silence: None,
         }
     }
 }

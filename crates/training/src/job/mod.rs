@@ -138,8 +138,8 @@ pub struct Train {
     pub outer: Option<Outer>,
     /// How long a call of the group may take; longer than a worker computes in a step.
     pub deadline: Duration,
-    /// How long a worker may say nothing before the others go on without it.
-    pub silence: Duration,
+    /// How long a worker may say nothing before the others go on without it; `None` leaves it to where they are.
+    pub silence: Option<Duration>,
 }
 
 /// How long a job is.
