@@ -141,6 +141,26 @@ impl Writer {
         }
     }
 
+    /// Whether the last one is still being written: [`Writer::save`] would skip. Where several workers write, one that
+    /// skips makes the others' shares worthless, so they should agree first.
+    pub fn is_busy(&mut self) -> bool {
+        if self.busy
+            && let Ok(parts) = self.spare.try_recv()
+        {
+            (self.parts, self.busy) = (parts, false);
+        }
+        self.busy
+    }
+
+    /// Leaves the checkpoint of `step` out, for this worker or another one is still writing the one before.
+    pub fn skip(&mut self, step: u64) {
+        if self.is_busy() {
+            self.hurry(OVERDUE);
+        }
+        // Nobody may listen.
+        let _ = self.own.send(Event::Skipped { step });
+    }
+
     /// Copies this worker's share and has it written; returns when it is copied. A checkpoint that would have to wait for
     /// the one before it is skipped.
     ///
@@ -155,16 +175,9 @@ impl Writer {
         job: JobState,
     ) {
         assert!(weights.len() == layout.len() && state.iter().all(|s| s.len() == layout.len()), "lengths");
-        if self.busy {
-            match self.spare.try_recv() {
-                Ok(parts) => (self.parts, self.busy) = (parts, false),
-                Err(_) => {
-                    self.hurry(OVERDUE);
-                    // Nobody may listen.
-                    let _ = self.own.send(Event::Skipped { step });
-                    return;
-                }
-            }
+        if self.is_busy() {
+            self.skip(step);
+            return;
         }
         let mut parts = std::mem::take(&mut self.parts);
         let mut tensors = BTreeMap::new();

@@ -21,7 +21,7 @@ use super::link::{Link, Standing};
 use super::plan::Outer;
 use super::state::State;
 use super::step::{Committed, Outcome, Stepper, spans};
-use super::tail::{STOP, Tail, Word};
+use super::tail::{Tail, Word};
 use super::worker::Fail;
 use crate::Trainer;
 
@@ -79,7 +79,7 @@ impl Stepper<'_> {
         link: Option<&Link>,
         standing: Standing,
         board: &Board,
-        stop: bool,
+        flags: i64,
     ) -> Result<Outcome, Fail> {
         let Standing { epoch, rank, workers } = standing;
         let first = state.step;
@@ -114,7 +114,6 @@ impl Stepper<'_> {
         let anchor = self.anchor.take().unwrap_or_default();
         trainer.drift(&anchor.weights, weight as f32);
         let computed_us = locals.iter().map(|local| local.computed_us as i64).sum();
-        let flags = if stop { STOP } else { 0 };
         tail.put_worker(rank, Word { flags, newcomers: 0, computed_us, check: state.check }, &[]);
         let mut reduced = Vec::new();
         let exchanged = match link {

@@ -80,6 +80,18 @@ impl Saver {
         self.unfinished
     }
 
+    /// Whether this worker is still writing the last one.
+    pub(super) fn is_busy(&mut self) -> bool {
+        self.writer.as_mut().is_some_and(Writer::is_busy)
+    }
+
+    /// A checkpoint is left out, as some worker is still writing the one before: a share without the others is nothing.
+    pub(super) fn skip(&mut self, step: u64) {
+        if let Some(writer) = &mut self.writer {
+            writer.skip(step);
+        }
+    }
+
     /// Whether `step` was given to the writer of these members.
     pub(super) fn has(&self, step: u64) -> bool {
         self.last == Some(step) && !self.unfinished

@@ -20,7 +20,7 @@ use super::outer::Anchor;
 use super::plan::Plan;
 use super::reduce::Reduced;
 use super::state::State;
-use super::tail::{Done, STOP, STORE_LOST, Tail, Word};
+use super::tail::{Done, SAVING, STOP, STORE_LOST, Tail, Word};
 use super::wire::Feedback;
 use super::worker::{Fail, Samples};
 use crate::data::Order;
@@ -45,6 +45,8 @@ pub(super) struct Committed {
     pub(super) newcomers: usize,
     /// Somebody's store is gone.
     pub(super) store_lost: bool,
+    /// Somebody is still writing the last checkpoint.
+    pub(super) saving: bool,
 }
 
 impl Committed {
@@ -54,6 +56,7 @@ impl Committed {
             stop: tail.workers().any(|word| word.flags & STOP != 0),
             newcomers: tail.workers().map(|word| word.newcomers as usize).sum(),
             store_lost: tail.workers().any(|word| word.flags & STORE_LOST != 0),
+            saving: tail.workers().any(|word| word.flags & SAVING != 0),
         }
     }
 }
@@ -152,7 +155,7 @@ impl<'a> Stepper<'a> {
         link: Option<&Link>,
         standing: Standing,
         board: &Board,
-        stop: bool,
+        flags: i64,
     ) -> Result<Outcome, Fail> {
         let begun = Instant::now();
         let Standing { epoch, rank, workers } = standing;
@@ -188,7 +191,7 @@ impl<'a> Stepper<'a> {
         let ready = Instant::now();
         board.doing(step, Activity::Waiting);
         let word = Word {
-            flags: if stop { STOP } else { 0 },
+            flags,
             newcomers: 0,
             computed_us: ready.duration_since(begun).as_micros() as i64,
             check: state.check,

@@ -15,6 +15,9 @@ pub(super) const STOP: i64 = 1;
 /// This worker's store is gone.
 pub(super) const STORE_LOST: i64 = 2;
 
+/// This worker is still writing the last checkpoint.
+pub(super) const SAVING: i64 = 4;
+
 /// The words, and where each lies.
 #[derive(Clone, Debug)]
 pub(super) struct Tail {

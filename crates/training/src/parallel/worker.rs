@@ -15,6 +15,7 @@ use super::plan::Plan;
 use super::saving::Saver;
 use super::state::{self, State};
 use super::step::{Committed, Outcome, Stepper};
+use super::tail::{SAVING, STOP};
 use crate::checkpoint::{self, CheckpointConfig, JobState};
 use crate::data::{Dataset, Order};
 use crate::{Error, Trainer};
@@ -308,14 +309,16 @@ impl Run<'_, '_> {
 
     /// One step, and what comes behind it.
     fn step(&mut self) -> Result<Option<Turn>, Fail> {
-        let Run { trainer, state, link, standing, board, stop, .. } = self;
+        let busy = self.saver.as_mut().is_some_and(Saver::is_busy);
+        let flags = if self.stop { STOP } else { 0 } | if busy { SAVING } else { 0 };
+        let Run { trainer, state, link, standing, board, .. } = self;
         let outcome = match self.plan.outer {
-            None => self.stepper.step(trainer, state, link.as_ref(), *standing, board, *stop)?,
+            None => self.stepper.step(trainer, state, link.as_ref(), *standing, board, flags)?,
             Some(outer) => {
-                self.stepper.round(outer, trainer, state, link.as_ref(), *standing, board, *stop)?
+                self.stepper.round(outer, trainer, state, link.as_ref(), *standing, board, flags)?
             }
         };
-        let Committed { events, stop, newcomers, store_lost } = match outcome {
+        let Committed { events, stop, newcomers, store_lost, saving } = match outcome {
             Outcome::Redo => {
                 let step = self.state.step;
                 self.emit(&Event::Redone { step });
@@ -332,11 +335,17 @@ impl Run<'_, '_> {
         let (step, last) = (self.state.step, self.state.step >= self.plan.last());
         // A round of local steps may pass the step that a checkpoint is due at.
         let due = self.plan.checkpoint_every.is_some_and(|every| step / every > (step - taken) / every);
-        if due || last || stop || store_lost || self.saver.as_ref().is_some_and(Saver::owes) {
-            if last || stop || store_lost {
-                self.settle();
-            }
+        let end = last || stop || store_lost;
+        if end {
+            self.settle();
             self.save();
+        } else if let Some(saver) = &mut self.saver
+            && (due || saver.owes())
+        {
+            match saving {
+                true => saver.skip(step),
+                false => self.save(),
+            }
         }
         let events = self.saver.as_mut().map(Saver::events).unwrap_or_default();
         for event in events {
