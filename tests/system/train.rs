@@ -396,6 +396,7 @@ fn jobs_that_cannot_be_are_refused_before_anything_starts() {
     };
     let unknown = refused(|job| job.replace("micro_batch = 2", "micro_bach = 2"), &[]);
     assert!(unknown.contains("did you mean `micro_batch`?") && unknown.contains("job.toml:"), "{unknown}");
+    assert!(!unknown.contains("error: error:"), "{unknown}");
     let uneven = refused(|job| job.replace("batch = 8", "batch = 9"), &[]);
     assert!(uneven.contains("9 = 4 × 2 + 1"), "{uneven}");
     let idle = refused(|job| job, &["--workers", "5"]);

@@ -28,7 +28,10 @@ fn main() -> ExitCode {
         // `consort … | head`: the reader has what it wanted.
         Err(error) if terminal::is_closed_output(&error) => ExitCode::SUCCESS,
         Err(error) => {
-            terminal::note(&format!("error: {}", terminal::said(&error)));
+            let said = terminal::said(&error);
+            // Each of a file's problems begins like this by itself.
+            let begin = if said.starts_with("error: ") { "" } else { "error: " };
+            terminal::note(&format!("{begin}{said}"));
             ExitCode::from(if error.downcast_ref::<cli::UsageError>().is_some() { 2 } else { 1 })
         }
     }

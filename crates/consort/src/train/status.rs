@@ -154,7 +154,14 @@ pub(crate) fn file(out: &Path) -> PathBuf {
 
 /// The folder of a job's file, or the folder itself.
 pub(crate) fn folder(of: &Path) -> anyhow::Result<PathBuf> {
-    if of.is_dir() { Ok(of.to_owned()) } else { Ok(super::read(of)?.job.out) }
+    if of.is_dir() {
+        return Ok(of.to_owned());
+    }
+    if !of.exists() {
+        let what = format!("there is neither a job's folder nor its file at {}", of.display());
+        return Err(crate::cli::UsageError(what).into());
+    }
+    Ok(super::read(of)?.job.out)
 }
 
 /// Whether the system says that a process is stopped.
