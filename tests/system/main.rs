@@ -18,6 +18,7 @@ mod replica;
 mod resume;
 mod rollout;
 mod scripted;
+mod served;
 mod signals;
 mod steady;
 mod train;

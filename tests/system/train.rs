@@ -41,52 +41,52 @@ every = 5
 "#;
 
 /// A folder with a job.
-struct Place {
+pub(crate) struct Place {
     folder: tempfile::TempDir,
     _machine: MutexGuard<'static, ()>,
 }
 
 impl Place {
-    fn new(steps: u64) -> Place {
+    pub(crate) fn new(steps: u64) -> Place {
         Place::with(steps, |job| job)
     }
 
-    fn with(steps: u64, change: impl Fn(String) -> String) -> Place {
+    pub(crate) fn with(steps: u64, change: impl Fn(String) -> String) -> Place {
         let place = Place { folder: tempfile::tempdir().unwrap(), _machine: machine() };
         let job = JOB.replace("OUT", place.out().to_str().unwrap()).replace("STEPS", &steps.to_string());
         fs::write(place.job(), change(job)).unwrap();
         place
     }
 
-    fn job(&self) -> PathBuf {
+    pub(crate) fn job(&self) -> PathBuf {
         self.folder.path().join("job.toml")
     }
 
-    fn out(&self) -> PathBuf {
+    pub(crate) fn out(&self) -> PathBuf {
         self.folder.path().join("out")
     }
 
     /// `consort train` with these arguments behind the job.
-    fn train(&self, arguments: &[&str]) -> Training {
+    pub(crate) fn train(&self, arguments: &[&str]) -> Training {
         let mut command = consort();
         command.arg("train").arg(self.job()).args(arguments);
         Training::start(command)
     }
 
     /// The hash of the weights after `steps` steps on one worker; counted once for each number of steps.
-    fn metrics(&self) -> Vec<Value> {
+    pub(crate) fn metrics(&self) -> Vec<Value> {
         let text = fs::read_to_string(self.out().join("metrics.jsonl")).unwrap_or_default();
         text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect()
     }
 
     /// Waits until so many steps are taken.
-    fn wait_for_step(&self, step: u64) {
+    pub(crate) fn wait_for_step(&self, step: u64) {
         let taken = || self.metrics().iter().filter_map(|r| r["step"].as_u64()).max().unwrap_or(0);
         wait(&format!("step {step}"), || taken() >= step);
     }
 }
 
-fn consort() -> Command {
+pub(crate) fn consort() -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_consort"));
     for name in ["RANK", "WORLD_SIZE", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "CONSORT_TRAIN_TOKEN"] {
         command.env_remove(name);
@@ -96,7 +96,7 @@ fn consort() -> Command {
 }
 
 /// A file changes without telling anybody.
-fn wait(what: &str, done: impl Fn() -> bool) {
+pub(crate) fn wait(what: &str, done: impl Fn() -> bool) {
     let until = Instant::now() + PATIENCE;
     while !done() {
         assert!(Instant::now() < until, "{what} never came");
@@ -105,7 +105,7 @@ fn wait(what: &str, done: impl Fn() -> bool) {
 }
 
 /// A launcher at work.
-struct Training {
+pub(crate) struct Training {
     child: Child,
     lines: Receiver<String>,
     heard: Vec<String>,
@@ -127,7 +127,7 @@ impl Training {
     }
 
     /// Waits for a line that holds this.
-    fn hear(&mut self, wanted: &str) -> String {
+    pub(crate) fn hear(&mut self, wanted: &str) -> String {
         let until = Instant::now() + PATIENCE;
         loop {
             match self.lines.recv_timeout(until.saturating_duration_since(Instant::now())) {
@@ -143,16 +143,21 @@ impl Training {
     }
 
     /// The process of a worker, as the launcher says it.
-    fn pid(&mut self, worker: usize) -> i32 {
-        let line = self.hear(&format!("worker {worker} is process "));
+    pub(crate) fn pid(&mut self, worker: usize) -> i32 {
+        self.process(&format!("worker {worker}"))
+    }
+
+    /// The process at a place.
+    pub(crate) fn process(&mut self, place: &str) -> i32 {
+        let line = self.hear(&format!("{place} is process "));
         line.rsplit(' ').next().unwrap().parse().unwrap()
     }
 
-    fn signal(&self, signal: rustix::process::Signal) {
+    pub(crate) fn signal(&self, signal: rustix::process::Signal) {
         send(self.child.id() as i32, signal);
     }
 
-    fn end(mut self) -> Ended {
+    pub(crate) fn end(mut self) -> Ended {
         let until = Instant::now() + PATIENCE;
         let status = loop {
             if let Some(status) = self.child.try_wait().unwrap() {
@@ -169,40 +174,40 @@ impl Training {
     }
 }
 
-struct Ended {
-    status: ExitStatus,
-    said: String,
-    errors: String,
+pub(crate) struct Ended {
+    pub(crate) status: ExitStatus,
+    pub(crate) said: String,
+    pub(crate) errors: String,
 }
 
 impl Ended {
     /// The result that `--json` prints.
-    fn json(&self) -> Value {
+    pub(crate) fn json(&self) -> Value {
         assert!(self.status.success(), "{}", self.errors);
         serde_json::from_str(&self.said).unwrap_or_else(|_| panic!("{}\n{}", self.said, self.errors))
     }
 
-    fn weights(&self) -> String {
+    pub(crate) fn weights(&self) -> String {
         let json = self.json();
         assert_eq!(json["complete"], true, "{json}");
         json["weights"].as_str().unwrap().to_owned()
     }
 }
 
-fn send(pid: i32, signal: rustix::process::Signal) {
+pub(crate) fn send(pid: i32, signal: rustix::process::Signal) {
     rustix::process::kill_process(rustix::process::Pid::from_raw(pid).unwrap(), signal).unwrap();
 }
 
-fn alive(pid: i32) -> bool {
+pub(crate) fn alive(pid: i32) -> bool {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
     !stat.is_empty() && !stat.rsplit(')').next().unwrap().trim_start().starts_with('Z')
 }
 
 /// Steps of the jobs below.
-const STEPS: u64 = 60;
+pub(crate) const STEPS: u64 = 60;
 
 /// The weights that every one of them ends with: one worker's, without a failure.
-fn expected() -> &'static str {
+pub(crate) fn expected() -> &'static str {
     static WEIGHTS: OnceLock<String> = OnceLock::new();
     WEIGHTS.get_or_init(|| {
         let place = Place::new(STEPS);

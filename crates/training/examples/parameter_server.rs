@@ -80,7 +80,7 @@ fn main() {
         [role, address] => {
             let connect = Connect::new(address.clone(), TOKEN);
             match role.as_str() {
-                "server" => host(&HostOptions { connect, threads: 1 }).unwrap(),
+                "server" => host(&HostOptions::new(connect, 1)).unwrap(),
                 _ => {
                     let worked =
                         work(&connect, &mut Learner::of_plan(trainer(), &Patterns, &plan())).unwrap();

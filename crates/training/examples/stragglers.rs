@@ -156,7 +156,7 @@ fn servers(mode: Mode, speculate: Duration, slow: bool, length: Duration) -> Cur
     let connect = Connect::new(lead.address().to_string(), TOKEN);
     std::thread::scope(|scope| {
         for _ in 0..2 {
-            let options = HostOptions { connect: connect.clone(), threads: 1 };
+            let options = HostOptions::new(connect.clone(), 1);
             scope.spawn(move || host(&options).unwrap());
         }
         lead.load(&begin).unwrap();

@@ -48,7 +48,7 @@ fn a_job_goes_on_where_another_stopped() {
         lead.hold(Some(3));
         std::thread::scope(|scope| {
             let connect = server_support::connect(&lead);
-            let options = HostOptions { connect: connect.clone(), threads: 1 };
+            let options = HostOptions::new(connect.clone(), 1);
             scope.spawn(move || host(&options));
             lead.load(&begins).unwrap();
             let job = &job;
@@ -198,7 +198,7 @@ fn strangers_are_refused_and_a_job_without_servers_says_so() {
     let lead = Lead::listen("127.0.0.1:0", TOKEN, spec(&first, 2, 1), 1, &begins).unwrap();
     let stranger =
         Connect { patience: Duration::from_secs(5), ..Connect::new(lead.address().to_string(), b"guess") };
-    let options = HostOptions { connect: stranger.clone(), threads: 1 };
+    let options = HostOptions::new(stranger.clone(), 1);
     let refused = host(&options).unwrap_err().to_string();
     assert!(refused.contains("token"), "{refused}");
     let gone = Connect { patience: Duration::from_millis(200), ..Connect::new("127.0.0.1:1", TOKEN) };

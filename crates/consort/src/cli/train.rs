@@ -19,7 +19,7 @@ use crate::train::{self, launch, status, worker};
 #[derive(Args, Debug)]
 #[command(
     args_conflicts_with_subcommands = true,
-    after_help = "Examples:\n  consort train examples/train/tiny.toml --workers 4\n  consort train examples/train/finetune.toml\n  consort train job.toml --resume --workers 2\n  consort train job.toml --check\n  consort train status out/tiny\n  srun -n 4 consort train job.toml"
+    after_help = "Examples:\n  consort train examples/train/tiny.toml --workers 4\n  consort train examples/train/finetune.toml\n  consort train examples/train/servers.toml\n  consort train job.toml --resume --workers 2\n  consort train job.toml --check\n  consort train status out/tiny\n  srun -n 4 consort train job.toml"
 )]
 pub(crate) struct Train {
     /// The job's file
@@ -60,9 +60,21 @@ enum What {
     Worker {
         /// The file that says where the workers meet
         meeting: PathBuf,
+        /// Its number among those of its kind
+        #[arg(long, value_name = "N", default_value_t = 0)]
+        place: usize,
         /// Go on from the newest checkpoint
         #[arg(long)]
         resume: bool,
+    },
+    /// A parameter server of a launcher
+    #[command(hide = true, after_help = "Example: started by consort train")]
+    Server {
+        /// The file that says where the workers meet
+        meeting: PathBuf,
+        /// Its number among those of its kind
+        #[arg(long, value_name = "N", default_value_t = 0)]
+        place: usize,
     },
 }
 
@@ -107,7 +119,8 @@ impl Train {
         match self.what {
             Some(What::Status(status)) => return status.run(),
             Some(What::Export(export)) => return export.run(),
-            Some(What::Worker { meeting, resume }) => return worker::child(&meeting, resume),
+            Some(What::Worker { meeting, place, resume }) => return worker::child(&meeting, place, resume),
+            Some(What::Server { meeting, place }) => return train::served::server(&meeting, place),
             None => {}
         }
         let Some(path) = self.job else {

@@ -21,6 +21,7 @@ use super::prepare::{self, Prepared};
 use super::ranks::Rank;
 use super::replace::{Decision, Replacements};
 use super::said::Said;
+use super::served::{self, Served, Told};
 use super::show::Show;
 use super::status::{Place, Published as Status};
 use super::worker::{self, Attached, STOP};
@@ -33,6 +34,8 @@ use crate::terminal::note;
 const TICK: Duration = Duration::from_millis(100);
 /// How long workers that were told to stop may take for their step and its checkpoint.
 const STOPPING: Duration = Duration::from_secs(300);
+/// How long workers and servers whose coordinator has ended may take to follow it; they have nothing left to keep.
+const LEAVING: Duration = Duration::from_secs(5);
 /// How long other processes may wait for the first one to prepare the job.
 const PREPARING: Duration = Duration::from_secs(3600);
 /// Lines of workers that wait to be read.
@@ -74,6 +77,9 @@ fn follow(source: &Source, rank: &Rank) -> Result<()> {
     let mut meeting = Meeting::wait(&path, None, PREPARING)?;
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let threads = source.job.threads.unwrap_or(cores) / rank.local_world_size.unwrap_or(1).max(1);
+    if meeting.served {
+        return served::learn(&meeting, rank.rank, Some(threads.max(1)), |_| ());
+    }
     loop {
         match worker::work(&meeting, Attached::Alone, Some(threads.max(1))) {
             // A file of an earlier run whose first process was killed: the right one comes.
@@ -157,20 +163,13 @@ impl<'a> Launcher<'a> {
             (false, None) => "0.0.0.0:0".to_owned(),
         };
         let workers = rank.map_or(job.workers, |rank| rank.world_size);
-        let (usual, mut options) = (JoinOptions::new("", b""), StoreOptions::new(workers));
-        if alone {
-            options.settle = HOST_SETTLE;
-        }
-        let silence = if alone { HOST_SILENCE } else { usual.silence };
-        let store = Store::listen(&listen, token.as_bytes(), options)?;
-        let port = store.address().port();
-        let store_address = match (alone, environment::master()) {
-            (true, _) => store.address().to_string(),
-            (false, Some((host, _))) => format!("{host}:{port}"),
-            (false, None) => format!("{}:{port}", hostname()?),
+        let silence = match (alone, &job.servers) {
+            (true, None) => HOST_SILENCE,
+            (true, Some(_)) => served::HOST_SILENCE,
+            (false, _) => JoinOptions::new("", b"").silence,
         };
-        let meeting = Meeting {
-            store: store_address,
+        let mut meeting = Meeting {
+            store: String::new(),
             token,
             file: source.path.clone(),
             text: source.text.clone(),
@@ -179,30 +178,65 @@ impl<'a> Launcher<'a> {
             threads: plan.threads,
             silence: job.train.silence.unwrap_or(silence),
             resume: wishes.resume,
+            served: job.servers.is_some(),
+            advertise: None,
             prepared: prepared.clone(),
         };
+        let (news, inbox) = mpsc::sync_channel(LINES);
+        let (store, served) = match &job.servers {
+            None => {
+                let mut options = StoreOptions::new(workers);
+                if alone {
+                    options.settle = HOST_SETTLE;
+                }
+                (Some(Store::listen(&listen, meeting.token.as_bytes(), options)?), None)
+            }
+            Some(servers) => {
+                let told = news.clone();
+                let tell = move |words| {
+                    // The main loop may have ended.
+                    let _ = told.send(News::Served(words));
+                };
+                (None, Some(Served::start(meeting.clone(), *servers, listen, tell)?))
+            }
+        };
+        let port = match (&store, &served) {
+            (Some(store), _) => store.address().port(),
+            (None, served) => served.as_ref().map_or(0, |served| served.port),
+        };
+        let host = match (alone, environment::master()) {
+            (true, _) => "127.0.0.1".to_owned(),
+            (false, Some((host, _))) => host,
+            (false, None) => hostname()?,
+        };
+        meeting.store = format!("{host}:{port}");
+        // Servers run beside the launcher, and workers on other machines find them there.
+        meeting.advertise = (!alone).then_some(host);
         let meeting = meeting.publish(&work(job).join(meeting_name(rank)))?;
         let endpoint = wishes.metrics.map(Endpoint::listen).transpose()?;
         if let Some(endpoint) = &endpoint {
             show.say(&format!("Prometheus metrics at http://{}/metrics", endpoint.address()));
         }
-        let (news, inbox) = mpsc::sync_channel(LINES);
         let stop = news.clone();
         on_signal(move || {
             // The main loop may have ended.
             let _ = stop.send(News::Stop);
         })?;
         let metrics = Metrics::open(job, &plan, workers, wishes.resume)?;
-        let own = if rank.is_some() { 1 } else { workers };
+        let trainers = if rank.is_some() { 1 } else { workers };
+        let own = trainers + job.servers.map_or(0, |servers| servers.count);
         let mut watch = Watch {
             source,
             news,
             begun: Instant::now(),
             meeting: meeting.path().to_owned(),
-            workers: (0..own).map(Worker::new).collect(),
+            workers: (0..own).map(|number| Worker::new(number, trainers)).collect(),
+            trainers,
+            served,
             due: VecDeque::new(),
             replacements: Replacements::default(),
             stopping: None,
+            leaving: None,
             epoch: 0,
             members: 0,
             unaccounted: 0,
@@ -288,6 +322,8 @@ pub(crate) fn on_signal(told: impl FnOnce() + Send + 'static) -> Result<()> {
 enum News {
     /// A line of a worker's standard output.
     Said(usize, u32, Box<Said>),
+    /// The coordinator of a job around servers.
+    Served(Told),
     /// A line of its standard error.
     Noted(usize, String),
     /// Its standard output has ended.
@@ -308,8 +344,12 @@ struct Worker {
 }
 
 impl Worker {
-    fn new(number: usize) -> Worker {
-        Worker { number, child: None, shown: Place::new(number), failed: false, member: false }
+    fn new(number: usize, trainers: usize) -> Worker {
+        let name = match number.checked_sub(trainers) {
+            None => format!("worker {number}"),
+            Some(server) => format!("server {server}"),
+        };
+        Worker { number, child: None, shown: Place::new(number, &name), failed: false, member: false }
     }
 }
 
@@ -319,11 +359,17 @@ struct Watch<'a> {
     news: SyncSender<News>,
     begun: Instant,
     meeting: PathBuf,
+    /// Trainers, then servers.
     workers: Vec<Worker>,
+    trainers: usize,
+    /// The coordinator of a job around servers, until it has ended.
+    served: Option<Served>,
     /// Places that get a new worker, and when.
     due: VecDeque<(Duration, usize)>,
     replacements: Replacements,
     stopping: Option<Instant>,
+    /// Since when the coordinator of a job around servers has ended.
+    leaving: Option<Instant>,
     epoch: u64,
     members: usize,
     /// Processes that ended since the last epoch began.
@@ -347,11 +393,14 @@ impl Watch<'_> {
     fn start(&mut self, number: usize) -> Result<()> {
         let itself = std::env::current_exe().context("can't find this program to start a worker")?;
         let mut command = Command::new(itself);
-        command.args(["train", "worker"]).arg(&self.meeting);
+        let what = if number < self.trainers { "worker" } else { "server" };
+        let place = if number < self.trainers { number } else { number - self.trainers };
+        command.args(["train", what]).arg(&self.meeting).args(["--place", &place.to_string()]);
         // One who comes while others run gets the state from them. Where all are gone, the last checkpoint has it.
         let others =
             self.external || self.workers.iter().any(|worker| worker.child.is_some() && worker.member);
-        if self.workers[number].shown.starts > 0 && !others {
+        let around_servers = self.workers.len() > self.trainers;
+        if self.workers[number].shown.starts > 0 && !others && !around_servers {
             command.arg("--resume");
         }
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
@@ -388,7 +437,7 @@ impl Watch<'_> {
         let worker = &mut self.workers[number];
         worker.shown.started(pid);
         (worker.child, worker.failed, worker.member) = (Some((child, input)), false, false);
-        self.show.say(&format!("worker {number} is process {pid}"));
+        self.show.say(&format!("{} is process {pid}", self.name(number)));
         Ok(())
     }
 
@@ -397,14 +446,18 @@ impl Watch<'_> {
         loop {
             match inbox.recv_timeout(TICK) {
                 Ok(News::Said(number, pid, said)) => self.heard(number, pid, *said)?,
-                Ok(News::Noted(number, line)) => self.show.say(&format!("worker {number}: {line}")),
+                // Whose coordinator has ended may say so.
+                Ok(News::Noted(..)) if self.leaving.is_some() && self.finished.is_some() => {}
+                Ok(News::Noted(number, line)) => self.show.say(&format!("{}: {line}", self.name(number))),
+                Ok(News::Served(words)) => self.coordinated(words)?,
                 Ok(News::Gone(number, pid)) => self.gone(number, pid)?,
                 Ok(News::Stop) => self.stop(),
                 Err(RecvTimeoutError::Timeout) => {}
                 Err(RecvTimeoutError::Disconnected) => return Ok(()),
             }
             self.tick()?;
-            if self.due.is_empty() && self.workers.iter().all(|worker| worker.child.is_none()) {
+            let over = self.due.is_empty() && self.served.is_none();
+            if over && self.workers.iter().all(|worker| worker.child.is_none()) {
                 let complete = self.finished.as_ref().is_some_and(|finished| finished.reason == Reason::Done);
                 self.status.end(self.step, complete, &self.places());
                 return Ok(());
@@ -419,10 +472,13 @@ impl Watch<'_> {
                 self.start(number)?;
             }
         }
-        if self.stopping.is_some_and(|since| since.elapsed() > STOPPING) {
+        let leaving = self.leaving.is_some_and(|since| since.elapsed() > LEAVING);
+        if leaving || self.stopping.is_some_and(|since| since.elapsed() > STOPPING) {
             for worker in &mut self.workers {
                 if let Some((child, _)) = &mut worker.child {
-                    self.show.say(&format!("worker {} doesn't stop; it is ended", worker.number));
+                    if !leaving {
+                        self.show.say(&format!("worker {} doesn't stop; it is ended", worker.number));
+                    }
                     // It may have ended by itself.
                     let _ = child.kill();
                 }
@@ -445,6 +501,11 @@ impl Watch<'_> {
         self.due.clear();
         self.show.say("stopping behind this step, with a checkpoint (Ctrl-C again ends at once)");
         self.record(What::Stopped, "the user asked for it".into());
+        if let Some(served) = &self.served {
+            // Its workers and servers end with it.
+            served.stop();
+            return;
+        }
         for worker in &mut self.workers {
             if let Some((_, input)) = &mut worker.child {
                 // One that has just ended needs no word.
@@ -467,14 +528,7 @@ impl Watch<'_> {
                 self.show.say(&format!("worker {number} can't go on: {reason}"));
                 self.failed.get_or_insert(reason);
             }
-            Said::Resumed { step, refused } => {
-                for reason in refused {
-                    self.show.once(&format!("a checkpoint is no good and is left out: {reason}"));
-                }
-                self.step = self.step.max(step);
-                self.metrics.resumed(step);
-                self.show.once(&format!("going on behind step {step}"));
-            }
+            Said::Resumed { step, refused } => self.resumed(step, refused),
             Said::Finished(finished) => self.ended(number, finished)?,
             Said::Event(event) => {
                 worker.member |= matches!(event, Event::Started { .. });
@@ -494,6 +548,71 @@ impl Watch<'_> {
                 let _ = child.kill();
             }
         }
+    }
+
+    fn resumed(&mut self, step: u64, refused: Vec<String>) {
+        for reason in refused {
+            self.show.once(&format!("a checkpoint is no good and is left out: {reason}"));
+        }
+        self.step = self.step.max(step);
+        self.metrics.resumed(step);
+        self.show.once(&format!("going on behind step {step}"));
+    }
+
+    /// What the coordinator of a job around servers says. With its last word its workers and servers end.
+    fn coordinated(&mut self, words: Told) -> Result<()> {
+        match words {
+            Told::Resumed { step, refused } => self.resumed(step, refused),
+            Told::Members { workers, epoch } => {
+                if self.members == 0 {
+                    self.show.say(&super::show::workers_met(workers));
+                }
+                (self.members, self.epoch) = (workers.max(1), epoch);
+                self.show.members(workers);
+            }
+            // A process of this launcher that ended is told of by its end.
+            Told::Left { name, silent: false } if self.workers.iter().any(|w| w.shown.name == name) => {}
+            Told::Left { name, silent: true } => {
+                self.record(What::Lost, format!("{name} has fallen silent and the others go on"));
+            }
+            Told::Left { name, .. } => {
+                self.record(What::Lost, format!("{name} is gone and the others go on"))
+            }
+            Told::Note(what, text) => self.record(what, text),
+            Told::Step(step) => self.event(Event::Step(*step))?,
+            Told::Checkpoint(event) => self.checkpoint(event),
+            Told::View(view) => self.status.view(*view),
+            Told::Finished(finished) => {
+                // Where nobody asked for the end, it is a failure that has a checkpoint.
+                let whole = self.stopping.is_some() || self.failed.is_none();
+                self.finished = finished.filter(|finished| whole || finished.reason == Reason::Done);
+                self.let_go();
+            }
+            Told::Failed(reason) => {
+                self.failed.get_or_insert(reason);
+                self.let_go();
+            }
+        }
+        Ok(())
+    }
+
+    /// The coordinator has ended, so its workers and servers do; one that is stopped or hangs is ended.
+    fn let_go(&mut self) {
+        self.served = None;
+        self.due.clear();
+        self.leaving = Some(Instant::now());
+    }
+
+    /// What a place is called.
+    fn name(&self, number: usize) -> String {
+        self.workers[number].shown.name.clone()
+    }
+
+    /// The job is over but for processes that end.
+    fn over(&self) -> bool {
+        self.finished.is_some()
+            || self.stopping.is_some()
+            || (self.workers.len() > self.trainers && self.served.is_none())
     }
 
     fn event(&mut self, event: Event) -> Result<()> {
@@ -595,6 +714,17 @@ impl Watch<'_> {
         Ok(())
     }
 
+    /// A job around servers that has no worker left, or no server, and gets no other one, ends with what there is.
+    fn deserted(&mut self) {
+        let Some(served) = &self.served else { return };
+        let nobody = |mut places: std::ops::Range<usize>| {
+            places.all(|n| self.workers[n].child.is_none() && self.due.iter().all(|(_, due)| *due != n))
+        };
+        if (nobody(0..self.trainers) && !self.external) || nobody(self.trainers..self.workers.len()) {
+            served.stop();
+        }
+    }
+
     /// A worker's process is ending.
     fn gone(&mut self, number: usize, pid: u32) -> Result<()> {
         let worker = &mut self.workers[number];
@@ -609,9 +739,14 @@ impl Watch<'_> {
             return Ok(());
         }
         let how = how(status);
-        self.unaccounted += 1;
-        self.record(What::Lost, format!("worker {number} (process {pid}) {how}"));
-        if self.workers[number].failed || self.stopping.is_some() || self.finished.is_some() {
+        self.unaccounted += usize::from(number < self.trainers);
+        let name = self.name(number);
+        if self.leaving.is_none() {
+            let what = if number < self.trainers { What::Lost } else { What::Note };
+            self.record(what, format!("{name} (process {pid}) {how}"));
+        }
+        if self.workers[number].failed || self.over() {
+            self.deserted();
             return Ok(());
         }
         match self.replacements.gone(self.begun.elapsed(), self.step) {
@@ -620,9 +755,10 @@ impl Watch<'_> {
                 let others = self.workers.iter().any(|worker| worker.child.is_some()) || self.external;
                 let rest = if others { "; the others go on" } else { "" };
                 self.show.say(&format!(
-                    "worker {number} is not replaced any more: too many in a row died without a step in between{rest}"
+                    "{name} is not replaced any more: too many in a row died without a step in between{rest}"
                 ));
-                self.failed.get_or_insert(format!("worker {number} {how}, again and again"));
+                self.failed.get_or_insert(format!("{name} {how}, again and again"));
+                self.deserted();
             }
         }
         let file = self.source.path.display();

@@ -22,7 +22,7 @@ const MOST_BYTES: u64 = 4 << 20;
 /// What a worker needs.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct Meeting {
-    /// The store's `host:port`.
+    /// The store's `host:port`, or the coordinator's.
     pub(crate) store: String,
     /// What lets a worker in.
     pub(crate) token: String,
@@ -39,6 +39,10 @@ pub(crate) struct Meeting {
     pub(crate) silence: Duration,
     /// Go on from the newest checkpoint.
     pub(crate) resume: bool,
+    /// The weights are in servers, and the address is their coordinator's.
+    pub(crate) served: bool,
+    /// The host by which processes on other machines reach those beside the launcher; `None` where there are no others.
+    pub(crate) advertise: Option<String>,
     /// What was prepared.
     pub(crate) prepared: Prepared,
 }
@@ -126,6 +130,8 @@ mod tests {
             threads: 1,
             silence: Duration::from_secs(5),
             resume: false,
+            served: false,
+            advertise: None,
             prepared,
         };
         let published = meeting.publish(&path).unwrap();

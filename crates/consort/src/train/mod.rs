@@ -15,6 +15,7 @@ pub(crate) mod prepare;
 pub(crate) mod ranks;
 pub(crate) mod replace;
 pub(crate) mod said;
+pub(crate) mod served;
 pub(crate) mod show;
 pub(crate) mod status;
 pub(crate) mod worker;

@@ -5,12 +5,15 @@
 //! calls have numbers; who hasn't come as far as the others is who they wait for. A worker that says nothing any more is
 //! stopped, swapped out, or on a machine that is gone; the system knows of the first.
 
+mod served;
+
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use consort_training::job::Job;
 use consort_training::parallel::{Activity, Status};
+use consort_training::server::View;
 use serde::{Deserialize, Serialize};
 
 use super::metrics::{Endpoint, Metrics};
@@ -28,6 +31,8 @@ const STALE_MS: u64 = 5000;
 pub(crate) struct Place {
     /// The place's number, from 0; ranks change, places don't.
     pub(crate) number: usize,
+    /// What it is called: `worker 1`, `server 0`.
+    pub(crate) name: String,
     /// Its process; `None` while there is none.
     pub(crate) pid: Option<u32>,
     /// When it last said something, in milliseconds since 1970.
@@ -44,8 +49,22 @@ pub(crate) struct Place {
 }
 
 impl Place {
-    pub(crate) fn new(number: usize) -> Place {
-        Place { number, pid: None, heard_unix_ms: 0, starts: 0, status: None, done: false, stopped: false }
+    pub(crate) fn new(number: usize, name: &str) -> Place {
+        Place {
+            number,
+            name: name.to_owned(),
+            pid: None,
+            heard_unix_ms: 0,
+            starts: 0,
+            status: None,
+            done: false,
+            stopped: false,
+        }
+    }
+
+    /// Whether it keeps weights and computes nothing.
+    fn is_server(&self) -> bool {
+        self.name.starts_with("server")
     }
 
     /// A process was started for it.
@@ -54,7 +73,7 @@ impl Place {
             pid: Some(pid),
             heard_unix_ms: unix_ms(),
             starts: self.starts + 1,
-            ..Place::new(self.number)
+            ..Place::new(self.number, &self.name)
         };
     }
 
@@ -83,8 +102,11 @@ pub(crate) struct Report {
     pub(crate) tokens_per_second: Option<f64>,
     /// The launcher has ended, and whether the job is complete.
     pub(crate) ended: Option<bool>,
-    /// Workers that this launcher started.
+    /// Workers that this launcher started, and servers behind them.
     pub(crate) places: Vec<Place>,
+    /// Of a job around servers: who waits for whom.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) servers: Option<View>,
 }
 
 /// Keeps the file fresh.
@@ -93,11 +115,18 @@ pub(crate) struct Published {
     written: Option<Instant>,
     endpoint: Option<Endpoint>,
     last: Option<Report>,
+    /// Of a job around servers.
+    view: Option<View>,
 }
 
 impl Published {
     pub(crate) fn new(job: &Job, endpoint: Option<Endpoint>) -> Published {
-        Published { path: file(&job.out), written: None, endpoint, last: None }
+        Published { path: file(&job.out), written: None, endpoint, last: None, view: None }
+    }
+
+    /// The coordinator of a job around servers says who waits for whom.
+    pub(crate) fn view(&mut self, view: View) {
+        self.view = Some(view);
     }
 
     pub(crate) fn update(&mut self, step: u64, members: usize, places: &[Place], metrics: &Metrics) {
@@ -123,6 +152,7 @@ impl Published {
             tokens_per_second: last.map(|step| step.rate()),
             ended: None,
             places,
+            servers: self.view.clone(),
         });
     }
 
@@ -198,6 +228,9 @@ pub(crate) fn explain(report: &Report, now: u64) -> String {
     };
     if report.ended.is_some() {
         return out;
+    }
+    if let Some(view) = &report.servers {
+        return out + &served::explain(view, &report.places, report.unix_ms);
     }
     for place in &report.places {
         let _ = writeln!(out, "  worker {}{}", place.number, line(place, report.unix_ms));
@@ -335,7 +368,7 @@ mod tests {
             status: Some(status),
             pid: Some(100 + number as u32),
             heard_unix_ms: 9_900,
-            ..Place::new(number)
+            ..Place::new(number, &format!("worker {number}"))
         }
     }
 
@@ -350,6 +383,7 @@ mod tests {
             tokens_per_second: Some(900.0),
             ended: None,
             places,
+            servers: None,
         }
     }
 

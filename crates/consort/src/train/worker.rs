@@ -91,14 +91,7 @@ fn run(
         patience: PATIENCE,
         files,
     };
-    let plan = Plan {
-        exact: job.train.exact,
-        wire: job.train.wire,
-        algorithm: job.train.algorithm,
-        outer: job.train.outer,
-        checkpoint_every: Some(job.checkpoints.every),
-        ..Plan::new(job.seed, meeting.steps, job.train.batch / job.train.micro_batch, job.train.micro_batch)
-    };
+    let plan = plan(&job, meeting.steps);
     let mut join = JoinOptions::new(&meeting.store, meeting.token.as_bytes());
     join.deadline = job.train.deadline;
     join.silence = meeting.silence;
@@ -121,8 +114,20 @@ fn run(
     Ok(finished)
 }
 
+/// What the job computes.
+pub(super) fn plan(job: &Job, steps: u64) -> Plan {
+    Plan {
+        exact: job.train.exact,
+        wire: job.train.wire,
+        algorithm: job.train.algorithm,
+        outer: job.train.outer,
+        checkpoint_every: Some(job.checkpoints.every),
+        ..Plan::new(job.seed, steps, job.train.batch / job.train.micro_batch, job.train.micro_batch)
+    }
+}
+
 /// A trainer whose weights are the job's first ones.
-fn trainer(job: &Job, begun: &prepare::Begun, steps: u64, threads: usize) -> Result<Trainer> {
+pub(super) fn trainer(job: &Job, begun: &prepare::Begun, steps: u64, threads: usize) -> Result<Trainer> {
     let config = TrainerConfig {
         options: Options {
             precision: job.train.precision,
@@ -145,7 +150,7 @@ fn trainer(job: &Job, begun: &prepare::Begun, steps: u64, threads: usize) -> Res
 }
 
 /// What every checkpoint has beside the weights, so that it is a model.
-fn files(begun: &prepare::Begun, prepared: &Prepared) -> Result<BTreeMap<String, Vec<u8>>> {
+pub(super) fn files(begun: &prepare::Begun, prepared: &Prepared) -> Result<BTreeMap<String, Vec<u8>>> {
     let mut files: BTreeMap<String, Vec<u8>> =
         prepare::tokenizer_files(begun, prepared)?.into_iter().collect();
     files.insert("config.json".into(), config_file(&begun.config, SavedType::F32));
@@ -211,10 +216,14 @@ impl Drop for Publisher {
     }
 }
 
-/// The hidden mode: a worker of the launcher that wrote `meeting`. With `resume` it goes on from the newest checkpoint, where the
-/// others that had the job's state are gone.
-pub(crate) fn child(meeting: &Path, resume: bool) -> Result<()> {
+/// The hidden mode: a worker of the launcher that wrote `meeting`, at this place. With `resume` it goes on from the newest
+/// checkpoint, where the others that had the job's state are gone.
+pub(crate) fn child(meeting: &Path, place: usize, resume: bool) -> Result<()> {
     let mut meeting = Meeting::read(meeting)?;
+    if meeting.served {
+        let failed = |reason| say(Attached::Child, &Said::Failed(reason));
+        return super::served::learn(&meeting, place, None, failed);
+    }
     meeting.resume |= resume;
     work(&meeting, Attached::Child, None).map(|_| ())
 }

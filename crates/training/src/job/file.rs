@@ -11,6 +11,7 @@ use consort_config::values::{
 use consort_config::{Placed, Problem, Problems, Section};
 use consort_model::train::{Precision, SavedType};
 
+use super::servers::{Sync, servers};
 use super::{Checkpoints, Data, Family, GgufType, Job, Length, ModelSource, Rates, Shape, Train};
 use crate::data::{BadLines, TextDocuments};
 use crate::parallel::{Outer, Wire};
@@ -72,14 +73,14 @@ fn job(mut file: Section<'_>, source: &str, beside: &Path, problems: &mut Vec<Pr
             Data::default()
         }
     };
-    let train = match file.table("train", problems) {
+    let (train, sync) = match file.table("train", problems) {
         Some(section) => train(section, problems),
         None => {
             if !file.has("train") {
                 let example = "[train] with `steps = 100` or `epochs = 1`";
                 missing(end, "the job doesn't say how long it is", example, problems);
             }
-            Train::default()
+            (Train::default(), Sync::default())
         }
     };
     let optimizer =
@@ -98,6 +99,8 @@ fn job(mut file: Section<'_>, source: &str, beside: &Path, problems: &mut Vec<Pr
         s.finish(problems);
         checkpoints
     });
+    let table = file.table("servers", problems);
+    let servers = servers(table, &train, &sync, problems);
     file.finish(problems);
     Job {
         out: PathBuf::from(out.value.unwrap_or_default()),
@@ -110,6 +113,7 @@ fn job(mut file: Section<'_>, source: &str, beside: &Path, problems: &mut Vec<Pr
         optimizer,
         schedule,
         checkpoints,
+        servers,
         save,
         gguf,
         prompts,
@@ -250,8 +254,10 @@ fn data(
     }
 }
 
-fn train(mut section: Section<'_>, problems: &mut Vec<Problem>) -> Train {
+/// And what it says of adding gradients.
+fn train(mut section: Section<'_>, problems: &mut Vec<Problem>) -> (Train, Sync) {
     let default = Train::default();
+    let around = section.get("sync", false, problems, choice(&[("ring", false), ("server", true)])).value;
     let steps = section.get("steps", None, problems, |value| whole(1, 1 << 40)(value).map(Some));
     let epochs = section.get("epochs", None, problems, |value| share(1e-6, 1e6)(value).map(Some));
     let batch = section.get("batch", default.batch as u32, problems, count(1, 1 << 20));
@@ -271,13 +277,19 @@ fn train(mut section: Section<'_>, problems: &mut Vec<Problem>) -> Train {
     let silence = section.get("silence", None, problems, |value| quarter(value).map(Some)).value;
     let outer =
         section.table("local_steps", problems).map(|table| (table.header(), local_steps(table, problems)));
+    let ring = ["wire", "algorithm", "local_steps"].into_iter().filter(|key| section.has(key));
+    let sync = Sync {
+        servers: around,
+        exact: section.has("exact").then(|| section.place("exact")),
+        ring: ring.map(|key| (key, section.place(key))).collect(),
+    };
     let (asked, header) = (section.has("steps") || section.has("epochs"), section.header());
     section.finish(problems);
     let inexact = [
         (wire.value != Wire::F32).then(|| (wire.span.clone(), "rounding on the way")),
         outer.as_ref().map(|(span, _)| (Some(span.clone()), "steps that workers take by themselves")),
     ];
-    for (span, what) in inexact.into_iter().flatten().filter(|_| exact) {
+    for (span, what) in inexact.into_iter().flatten().filter(|_| exact && !around) {
         problems.push(Problem {
             span: span.unwrap_or(0..0),
             message: format!("{what} with exact sums"),
@@ -307,7 +319,7 @@ fn train(mut section: Section<'_>, problems: &mut Vec<Problem>) -> Train {
         n => n,
     };
     divides(&batch, batch_size, micro, micro_batch.span, problems);
-    Train {
+    let train = Train {
         length: steps.value.map(Length::Steps).or(epochs.value.map(Length::Epochs)).unwrap_or(default.length),
         batch: batch_size,
         micro_batch: micro,
@@ -321,7 +333,8 @@ fn train(mut section: Section<'_>, problems: &mut Vec<Problem>) -> Train {
         outer: outer.map(|(_, outer)| outer),
         deadline: deadline.value,
         silence,
-    }
+    };
+    (train, sync)
 }
 
 /// A step is made of whole micro-batches.

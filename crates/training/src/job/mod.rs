@@ -5,7 +5,9 @@
 //! are known, and refuses with the numbers. Both are judged before a worker starts.
 
 mod file;
+mod memory;
 mod plan;
+mod servers;
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -22,7 +24,8 @@ use crate::parallel::{Outer, Wire};
 use crate::{Decay, OptimizerConfig, Schedule};
 
 pub use file::read;
-pub use plan::{Machine, Part, Plan, Refusal, in_count, plan};
+pub use plan::{Machine, Part, Plan, Process, Refusal, in_count, plan};
+pub use servers::Servers;
 
 /// A job.
 #[derive(Clone, Debug, PartialEq)]
@@ -47,6 +50,8 @@ pub struct Job {
     pub schedule: Rates,
     /// When the job's state is kept.
     pub checkpoints: Checkpoints,
+    /// Servers that keep the weights; `None` where workers add gradients among themselves.
+    pub servers: Option<Servers>,
     /// How the result's weights are stored.
     pub save: SavedType,
     /// A GGUF file beside the result.

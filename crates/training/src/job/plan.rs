@@ -1,22 +1,13 @@
 //! What a job will take: steps, micro-batches for each worker, threads, memory. What can't be is refused, with the
 //! numbers that say so.
-//!
-//! A worker holds for every parameter its weight, its gradient and what the optimizer remembers; with exact sums an
-//! integer too; and copies its share of weights and optimizer for a checkpoint. Activations follow from the rows of a
-//! micro-batch ([`Arena::bytes_for`]). What isn't counted is small or shared: the program, and the data, which is
-//! mapped into memory once for all workers.
 
 use std::fmt::{self, Write as _};
 
 use consort_model::ModelConfig;
-use consort_model::train::{Arena, Layout};
+use consort_model::train::Layout;
 
-use super::{Job, Length, ModelSource};
-use crate::OptimizerConfig;
+use super::{Job, Length, ModelSource, memory};
 use crate::data::Report;
-
-/// The program itself and the buffers that the loss works in, for each worker.
-const PROGRAM: u64 = 128 << 20;
 
 /// What a machine has for the job.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -40,6 +31,28 @@ pub struct Part {
     pub bytes: u64,
 }
 
+/// Processes beside the workers: servers, and the launcher where it holds more than a page of notes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Process {
+    /// What one is called.
+    pub name: &'static str,
+    /// How many there are on the launcher's machine.
+    pub count: usize,
+    /// The memory of one.
+    pub parts: Vec<Part>,
+}
+
+impl Process {
+    /// Bytes of one.
+    pub fn bytes(&self) -> u64 {
+        total(&self.parts)
+    }
+}
+
+fn total(parts: &[Part]) -> u64 {
+    parts.iter().fold(0, |sum, part| sum.saturating_add(part.bytes))
+}
+
 /// What a job will take.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Plan {
@@ -59,6 +72,8 @@ pub struct Plan {
     pub tokens: f64,
     /// A worker's memory.
     pub memory: Vec<Part>,
+    /// Processes beside the workers.
+    pub around: Vec<Process>,
     /// What the machine has.
     pub machine: Machine,
 }
@@ -95,6 +110,22 @@ pub fn plan(job: &Job, model: &ModelConfig, data: &Report, machine: Machine) -> 
              nothing to do: {cure}, or take {micro_batches} workers"
         ));
     }
+    let around = match &job.servers {
+        None => Vec::new(),
+        Some(servers) => {
+            let (groups, each) = servers.groups(&job.train, job.workers).map_err(Refusal)?;
+            if groups < job.workers as u64 {
+                return refuse(format!(
+                    "{} workers claim {micro_batches} micro-batches of a step {each} at a time, so {} of them would have nothing \
+                     to do: make [servers]'s `claim` at most {}, or take {groups} workers",
+                    job.workers,
+                    job.workers as u64 - groups,
+                    micro_batches / job.workers
+                ));
+            }
+            memory::around(job, servers, &layout, groups)
+        }
+    };
     let samples = data.samples.max(1) as f64;
     let steps = match job.train.length {
         Length::Steps(steps) => steps,
@@ -110,10 +141,11 @@ pub fn plan(job: &Job, model: &ModelConfig, data: &Report, machine: Machine) -> 
         threads,
         epochs: steps as f64 * job.train.batch as f64 / samples,
         tokens: data.predicted as f64 / samples * job.train.batch as f64,
-        memory: memory(job, model, parameters),
+        memory: memory::worker(job, model, parameters),
+        around,
         machine,
     };
-    let (needed, workers) = (plan.worker_bytes().saturating_mul(machine.workers as u64), machine.workers);
+    let (needed, workers) = (plan.machine_bytes(), machine.workers);
     match machine.memory {
         Some(has) if needed > has => {
             let mut why = format!(
@@ -122,7 +154,12 @@ pub fn plan(job: &Job, model: &ModelConfig, data: &Report, machine: Machine) -> 
                 in_bytes(has)
             );
             plan.table(&mut why);
-            let _ = writeln!(why, "  {workers} such workers on this machine: {}", in_bytes(needed));
+            let such = plan.worker_bytes().saturating_mul(workers as u64);
+            let _ = writeln!(why, "  {workers} such workers on this machine: {}", in_bytes(such));
+            for process in &plan.around {
+                let bytes = process.bytes().saturating_mul(process.count as u64);
+                let _ = writeln!(why, "  {} × {}: {}", process.count, process.name, in_bytes(bytes));
+            }
             why.push_str(&cures(job, &plan, has));
             refuse(why)
         }
@@ -130,49 +167,13 @@ pub fn plan(job: &Job, model: &ModelConfig, data: &Report, machine: Machine) -> 
     }
 }
 
-/// A worker's memory, part by part; `values` are those of the flat buffer.
-fn memory(job: &Job, model: &ModelConfig, values: u64) -> Vec<Part> {
-    let count = in_count(values);
-    let each = |what, bytes: u64| Part {
-        what,
-        why: format!("{count} values × {bytes} bytes"),
-        bytes: values.saturating_mul(bytes),
-    };
-    let state = match job.optimizer {
-        OptimizerConfig::AdamW { .. } => 8,
-        OptimizerConfig::Sgd { .. } => 4,
-    };
-    let rows = job.train.micro_batch.saturating_mul(job.data.context);
-    let activations = Arena::bytes_for(model, rows, job.train.recompute, job.train.dropout > 0.0) as u64;
-    let how = if job.train.recompute { ", computed again in backward" } else { "" };
-    let mut parts = vec![each("weights", 4), each("gradients", 4)];
-    if job.train.exact {
-        parts.push(each("exact sums", 8));
-    }
-    parts.push(each("optimizer", state));
-    let share = values.saturating_mul(4 + state) / job.workers.max(1) as u64;
-    parts.push(Part {
-        what: "checkpoint",
-        why: format!("a copy of 1/{} of weights and optimizer", job.workers.max(1)),
-        bytes: share,
-    });
-    parts.push(Part {
-        what: "activations",
-        why: format!(
-            "{} samples × {} rows, {} layers{how}",
-            job.train.micro_batch, job.data.context, model.layers
-        ),
-        bytes: activations,
-    });
-    parts.push(Part { what: "program", why: "about".into(), bytes: PROGRAM });
-    parts
-}
-
 /// What would make the job fit.
 fn cures(job: &Job, plan: &Plan, has: u64) -> String {
     let bytes = |what: &str| plan.memory.iter().find(|p| p.what == what).map_or(0, |p| p.bytes);
     let mut cures = Vec::new();
-    let fit = has / plan.worker_bytes().max(1);
+    let workers = plan.worker_bytes().saturating_mul(plan.machine.workers as u64);
+    let rest = plan.machine_bytes().saturating_sub(workers);
+    let fit = has.saturating_sub(rest) / plan.worker_bytes().max(1);
     if fit >= 1 {
         cures.push(format!("take {fit} workers"));
     }
@@ -193,16 +194,29 @@ fn cures(job: &Job, plan: &Plan, has: u64) -> String {
 impl Plan {
     /// Bytes of one worker.
     pub fn worker_bytes(&self) -> u64 {
-        self.memory.iter().fold(0, |sum, part| sum.saturating_add(part.bytes))
+        total(&self.memory)
     }
 
-    /// The lines of a worker's memory.
+    /// Bytes of all processes on the launcher's machine.
+    pub fn machine_bytes(&self) -> u64 {
+        let workers = self.worker_bytes().saturating_mul(self.machine.workers as u64);
+        let others = |sum: u64, p: &Process| sum.saturating_add(p.bytes().saturating_mul(p.count as u64));
+        self.around.iter().fold(workers, others)
+    }
+
+    /// The lines of a worker's memory, and of those beside it.
     fn table(&self, out: &mut String) {
-        for Part { what, why, bytes } in &self.memory {
-            // Writing to a String doesn't fail.
-            let _ = writeln!(out, "  {what:<12} {:>9}   {why}", in_bytes(*bytes));
+        let mut process = |parts: &[Part], name: &str| {
+            for Part { what, why, bytes } in parts {
+                // Writing to a String doesn't fail.
+                let _ = writeln!(out, "  {what:<12} {:>9}   {why}", in_bytes(*bytes));
+            }
+            let _ = writeln!(out, "  {name:<12} {:>9}", in_bytes(total(parts)));
+        };
+        process(&self.memory, "a worker");
+        for Process { name, parts, .. } in &self.around {
+            process(parts, name);
         }
-        let _ = writeln!(out, "  {:<12} {:>9}", "a worker", in_bytes(self.worker_bytes()));
     }
 }
 
@@ -217,9 +231,20 @@ impl fmt::Display for Plan {
             f,
             "a step       {micro_batches} micro-batches; {share} for each of {workers} workers with {threads} threads"
         )?;
+        match self.around.iter().find(|process| process.name == "a server").map(|process| process.count) {
+            None => {}
+            Some(1) => writeln!(
+                f,
+                "servers      1, without a backup: if it dies, the job goes on from a checkpoint"
+            )?,
+            Some(count) => writeln!(
+                f,
+                "servers      {count}; each has a shard of the weights and is the backup of another"
+            )?,
+        }
         let mut text = String::from("memory\n");
         self.table(&mut text);
-        let all = self.worker_bytes().saturating_mul(machine.workers as u64);
+        let all = self.machine_bytes();
         let _ = match machine.memory {
             Some(has) => write!(text, "  {:<12} {:>9}   of {}", "this machine", in_bytes(all), in_bytes(has)),
             None => write!(text, "  {:<12} {:>9}", "this machine", in_bytes(all)),

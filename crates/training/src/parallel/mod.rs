@@ -29,7 +29,7 @@
 //! - `link`: the thread that owns the group and keeps it standing while the worker computes;
 //! - `state`: who has the newest state after members changed, and how the others get it;
 //! - `step`: one step, whose `buckets` are reduced while backward goes on; `outer`: a round of local steps;
-//! - `saving`: checkpoints of members that change;
+//! - `saving`: checkpoints of members that change; [`JobRecord`]: what they say of the job;
 //! - `worker`: the loop over all that. [`Board`] says what a worker is doing right now.
 //!
 //! The coordinator (who is in which epoch) is [`consort_collectives::rendezvous`], a pure state machine that the store
@@ -41,6 +41,7 @@ mod event;
 mod link;
 mod outer;
 mod plan;
+mod record;
 mod reduce;
 mod saving;
 mod state;
@@ -52,6 +53,7 @@ mod worker;
 pub use board::{Activity, Board, Status, Talking};
 pub use event::{Control, Event, Span, StepEvent, seen};
 pub use plan::{HOST_SETTLE, HOST_SILENCE, Outer, Plan, Wire};
+pub use record::JobRecord;
 pub use worker::{Finished, Membership, Reason, Resumed, Samples, Worker};
 
 /// BLAKE3 of weights, as hexadecimal digits: what [`Finished::weights_hash`] is.

@@ -6,17 +6,18 @@ use consort_collectives::{Error as GroupError, JoinOptions};
 use consort_model::train::MicroBatch;
 use consort_tensor::train::exact::Grid;
 use serde::{Deserialize, Serialize};
-use serde_json::{Map, Value, json};
+use serde_json::Value;
 
 use super::board::{Activity, Board};
 use super::event::{Control, Event, StepEvent};
 use super::link::{Link, Standing};
 use super::plan::Plan;
+use super::record::JobRecord;
 use super::saving::Saver;
 use super::state::{self, State};
 use super::step::{Committed, Outcome, Stepper};
 use super::tail::{SAVING, STOP};
-use crate::checkpoint::{self, CheckpointConfig, JobState};
+use crate::checkpoint::{self, CheckpointConfig};
 use crate::data::{Dataset, Order};
 use crate::{Error, Trainer};
 
@@ -118,7 +119,7 @@ pub struct Worker<'a> {
     plan: Plan,
     membership: Membership,
     saver: Option<Saver>,
-    identity: Map<String, Value>,
+    record: JobRecord,
     board: Board,
     /// Step and grids of the checkpoint that it goes on from.
     resumed: Option<(u64, Vec<i32>)>,
@@ -143,15 +144,22 @@ impl<'a> Worker<'a> {
             trainer.optimizer_mut().remember(&layout)?;
         }
         let saver = checkpoints.map(|config| Saver::new(config, &trainer)).transpose()?;
-        let identity = plan.identity(&data.id(), &trainer);
+        let record = JobRecord { identity: plan.identity(&data.id(), &trainer), plan: plan.clone() };
         let order = Order::new(data.count().max(1), plan.seed);
         let board = Board::new(plan.last());
-        Ok(Worker { trainer, data, order, plan, membership, saver, identity, board, resumed: None })
+        Ok(Worker { trainer, data, order, plan, membership, saver, record, board, resumed: None })
     }
 
     /// Where this worker notes what it is doing.
     pub fn board(&self) -> Board {
         self.board.clone()
+    }
+
+    /// What it begins with or goes on from, for somebody else to keep: its trainer, the grids (one a bucket; none where it
+    /// begins), and what checkpoints say of the job.
+    pub fn into_parts(self) -> (Trainer, Vec<i32>, JobRecord) {
+        let exponents = self.resumed.map(|(_, exponents)| exponents).unwrap_or_default();
+        (self.trainer, exponents, self.record)
     }
 
     /// Goes on from the newest good checkpoint, whoever wrote it and however many they were. `None` where there is none.
@@ -171,7 +179,7 @@ impl<'a> Worker<'a> {
         let unreadable = |what: &str| Error::Checkpoint(format!("{whose}: its job has no {what}"));
         let theirs = loaded.job.get("plan").and_then(Value::as_object).ok_or_else(|| unreadable("plan"))?;
         let cure = "put the setting back, or begin a new job in another place";
-        if let Some(error) = state::difference(&self.identity, theirs, &whose, cure) {
+        if let Some(error) = state::difference(&self.record.identity, theirs, &whose, cure) {
             return Err(error);
         }
         let grids = loaded.job.get("grids").and_then(Value::as_array).ok_or_else(|| unreadable("grids"))?;
@@ -196,7 +204,7 @@ impl<'a> Worker<'a> {
     /// another job than the others. [`Error::Group`] where no group can be formed to begin with, or where it falls apart
     /// again and again. Others go on without a worker that ends with an error.
     pub fn run(self, watch: &mut dyn FnMut(&Event) -> Control) -> Result<Finished, Error> {
-        let Worker { trainer, data, order, plan, membership, saver, identity, board, resumed } = self;
+        let Worker { trainer, data, order, plan, membership, saver, record, board, resumed } = self;
         let mut state = State::first(&trainer);
         if let Some((step, exponents)) = resumed {
             state.step = step;
@@ -216,7 +224,7 @@ impl<'a> Worker<'a> {
             trainer,
             plan,
             saver,
-            identity,
+            record,
             board,
             state,
             link,
@@ -239,7 +247,7 @@ struct Run<'a, 'w> {
     trainer: Trainer,
     plan: Plan,
     saver: Option<Saver>,
-    identity: Map<String, Value>,
+    record: JobRecord,
     board: Board,
     state: State,
     link: Option<Link>,
@@ -295,8 +303,8 @@ impl Run<'_, '_> {
         self.board.doing(self.state.step, Activity::Agreeing);
         let mut received_bytes = 0;
         if let Some(link) = &self.link {
-            let Run { standing, identity, state, trainer, board, .. } = self;
-            received_bytes = state::agree(link, *standing, identity, state, trainer, board)?;
+            let Run { standing, record, state, trainer, board, .. } = self;
+            received_bytes = state::agree(link, *standing, &record.identity, state, trainer, board)?;
         }
         if let Some(saver) = &mut self.saver {
             saver.members(rank, workers);
@@ -386,16 +394,6 @@ impl Run<'_, '_> {
         Ok(())
     }
 
-    fn job(&self) -> JobState {
-        json!({
-            "step": self.state.step,
-            "cursor": self.plan.cursor(self.state.step),
-            "optimizer_steps": self.trainer.steps(),
-            "grids": self.state.exponents(),
-            "plan": self.identity,
-        })
-    }
-
     /// Behind this there is no next time for a checkpoint that would be skipped.
     fn settle(&mut self) {
         self.board.doing(self.state.step, Activity::Saving);
@@ -405,11 +403,12 @@ impl Run<'_, '_> {
     }
 
     fn save(&mut self) {
-        let job = self.job();
+        let step = self.state.step;
+        let job = self.record.state(step, self.trainer.steps(), &self.state.exponents());
         if let Some(saver) = &mut self.saver {
             self.board.doing(self.state.step, Activity::Saving);
             let begun = Instant::now();
-            saver.save(self.state.step, &self.trainer, job);
+            saver.save(step, &self.trainer, job);
             self.saved_us = begun.elapsed().as_micros() as u64;
         }
     }

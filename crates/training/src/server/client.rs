@@ -21,6 +21,8 @@ pub struct Connect {
     pub coordinator: String,
     /// The job's secret. At least 16 random bytes, since a stranger can test guesses.
     pub token: Vec<u8>,
+    /// What people call this process: `worker 3`. Empty: it gets a number.
+    pub name: String,
     /// How long to wait for a coordinator or a shard that doesn't answer.
     pub patience: Duration,
 }
@@ -29,7 +31,13 @@ impl Connect {
     /// With the patience of half a minute.
     pub fn new(coordinator: impl Into<String>, token: &[u8]) -> Connect {
         let patience = Duration::from_secs(30);
-        Connect { coordinator: coordinator.into(), token: token.to_vec(), patience }
+        Connect { coordinator: coordinator.into(), token: token.to_vec(), name: String::new(), patience }
+    }
+
+    /// The same under a name.
+    #[must_use]
+    pub fn named(self, name: impl Into<String>) -> Connect {
+        Connect { name: name.into(), ..self }
     }
 
     /// A connection to the coordinator, which may not listen yet.

@@ -138,6 +138,16 @@ impl Cluster {
         self.servers.len()
     }
 
+    /// When a server last gave a sign of life; `None`: it was given up.
+    pub fn last_heard(&self, id: ServerId) -> Option<Duration> {
+        self.servers.get(&id).map(|server| server.heard)
+    }
+
+    /// Nobody could be heard for so long: that silence is not the servers'.
+    pub fn excuse(&mut self, now: Duration, silence: Duration) {
+        self.servers.values_mut().for_each(|server| server.heard = now.min(server.heard + silence));
+    }
+
     /// A server that listens at `address` came.
     pub fn register(&mut self, now: Duration, address: &str) -> ServerId {
         let id = self.next;

@@ -3,6 +3,10 @@
 //! Pure: questions come with the time, answers go back, and [`Coordinator::version`] says when servers' duties
 //! have changed. It keeps no gradients and no weights.
 
+#[cfg(test)]
+mod tests;
+mod view;
+
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
@@ -16,8 +20,14 @@ use super::seen::Seen;
 use super::spec::Spec;
 use super::wire::{Duties, Report};
 
+pub use view::{ShardView, View, Waits, WorkerView};
+
 /// Happenings that wait to be read, at most; the oldest go first.
 const UNREAD: usize = 1 << 16;
+/// Names that are remembered, of workers and of servers. Numbers only grow, and old ones have long gone.
+const NAMES: usize = 4096;
+/// Characters of a name, at most.
+const NAME_CHARS: usize = 64;
 
 /// Something to tell the person who runs the job.
 #[derive(Clone, Debug, PartialEq)]
@@ -27,9 +37,21 @@ pub enum Event {
     /// Of the work.
     Work(Happened),
     /// A worker came.
-    Joined(WorkerId),
-    /// A worker is lost: its connection closed, or it was silent for its lease.
-    WorkerLost(WorkerId),
+    Joined {
+        /// Its number.
+        worker: WorkerId,
+        /// What people call it.
+        name: String,
+    },
+    /// A worker is lost.
+    WorkerLost {
+        /// Its number.
+        worker: WorkerId,
+        /// What people call it.
+        name: String,
+        /// It gave no sign of life for the lease; else its connection closed.
+        silent: bool,
+    },
 }
 
 /// A job's coordinator. Times are since any fixed beginning.
@@ -45,6 +67,24 @@ pub struct Coordinator {
     largest_lag: u64,
     /// Shards whose new primary has not said yet what it holds.
     unheard: BTreeMap<usize, u64>,
+    /// When time passed last.
+    ticked: Option<Duration>,
+    workers: BTreeMap<WorkerId, String>,
+    servers: BTreeMap<ServerId, String>,
+}
+
+/// Keeps a name, shortened to what one can read.
+fn keep(names: &mut BTreeMap<u64, String>, id: u64, name: &str) {
+    let name: String = name.chars().filter(|c| !c.is_control()).take(NAME_CHARS).collect();
+    names.insert(id, name);
+    if names.len() > NAMES {
+        names.pop_first();
+    }
+}
+
+/// The name, or else a number.
+fn called(names: &BTreeMap<u64, String>, id: u64, kind: &str) -> String {
+    names.get(&id).filter(|name| !name.is_empty()).cloned().unwrap_or_else(|| format!("{kind} no. {id}"))
 }
 
 impl Coordinator {
@@ -70,6 +110,9 @@ impl Coordinator {
             lags: BTreeMap::new(),
             largest_lag: 0,
             unheard: BTreeMap::new(),
+            ticked: None,
+            workers: BTreeMap::new(),
+            servers: BTreeMap::new(),
         })
     }
 
@@ -96,6 +139,26 @@ impl Coordinator {
     /// Holds the job back behind so many steps, until it is told another number; `None` lets it go on.
     pub fn hold(&mut self, steps: Option<u64>) {
         self.progress.hold(steps);
+    }
+
+    /// Lets what has begun come to its end and nothing more. Behind so many steps ([`Progress::pause`]).
+    pub fn pause(&mut self) -> u64 {
+        self.progress.pause()
+    }
+
+    /// Whether the job has come to where it is held ([`Progress::held`]), and every shard has said what it has.
+    pub fn held(&self) -> bool {
+        self.unheard.is_empty() && self.progress.held()
+    }
+
+    /// What people call a worker.
+    pub fn worker_name(&self, id: WorkerId) -> String {
+        called(&self.workers, id, "worker")
+    }
+
+    /// What people call a server.
+    pub fn server_name(&self, id: ServerId) -> String {
+        called(&self.servers, id, "server")
     }
 
     /// Why the job can't go on, if it can't.
@@ -133,7 +196,12 @@ impl Coordinator {
         self.events.push(event);
     }
 
-    fn servers(&mut self, changes: Vec<Change>) {
+    fn lost(&mut self, worker: WorkerId, silent: bool) {
+        self.version += 1;
+        self.note(Event::WorkerLost { worker, name: self.worker_name(worker), silent });
+    }
+
+    fn changed(&mut self, changes: Vec<Change>) {
         self.version += 1;
         changes.into_iter().for_each(|change| self.note(Event::Servers(change)));
     }
@@ -144,28 +212,36 @@ impl Coordinator {
         happened.into_iter().for_each(|happened| self.note(Event::Work(happened)));
     }
 
-    /// Time passed.
+    /// Time passed. It should be called several times a lease: where far more than that has passed, this process itself was
+    /// stopped or starved, and who could not be heard is not given up for it. Leases of the other side are shorter than
+    /// that only: no server answers longer than it may.
     pub fn tick(&mut self, now: Duration) {
+        let passed = now.saturating_sub(self.ticked.replace(now).unwrap_or(now));
+        if passed > self.spec.lease() / 2 {
+            self.cluster.excuse(now, passed);
+            self.progress.excuse(now, passed);
+        }
         let changes = self.cluster.tick(now);
         if !changes.is_empty() {
-            self.servers(changes);
+            self.changed(changes);
         }
         for id in self.progress.tick(now) {
-            self.version += 1;
-            self.note(Event::WorkerLost(id));
+            self.lost(id, true);
         }
     }
 
     /// A server that listens at `address` came.
-    pub fn register(&mut self, now: Duration, address: &str) -> ServerId {
+    pub fn register(&mut self, now: Duration, address: &str, name: &str) -> ServerId {
         self.version += 1;
-        self.cluster.register(now, address)
+        let id = self.cluster.register(now, address);
+        keep(&mut self.servers, id, name);
+        id
     }
 
     /// A server's connection is closed.
     pub fn server_gone(&mut self, id: ServerId) {
         let changes = self.cluster.gone(id);
-        self.servers(changes);
+        self.changed(changes);
     }
 
     /// What a server is to do; `None`: it was given up.
@@ -209,11 +285,11 @@ impl Coordinator {
             }
             Report::InSync => {
                 let changes = self.cluster.in_sync(id, shard, epoch);
-                self.servers(changes);
+                self.changed(changes);
             }
             Report::Suspect => {
                 let changes = self.cluster.suspect(id, shard, epoch);
-                self.servers(changes);
+                self.changed(changes);
             }
             Report::Lag(lag) => {
                 self.lags.insert(shard, lag);
@@ -233,9 +309,10 @@ impl Coordinator {
     }
 
     /// A worker comes.
-    pub fn join(&mut self, now: Duration) -> WorkerId {
+    pub fn join(&mut self, now: Duration, name: &str) -> WorkerId {
         let id = self.progress.join(now);
-        self.note(Event::Joined(id));
+        keep(&mut self.workers, id, name);
+        self.note(Event::Joined { worker: id, name: self.worker_name(id) });
         id
     }
 
@@ -250,8 +327,7 @@ impl Coordinator {
             self.progress.leave(id);
         } else if self.progress.heard(Duration::ZERO, id) {
             self.progress.lose(id);
-            self.version += 1;
-            self.note(Event::WorkerLost(id));
+            self.lost(id, false);
         }
     }
 

@@ -4,47 +4,28 @@
 //! If this process ends, workers and servers find their connections closed and end too, saying so. (A coordinator that
 //! outlives it would keep the same state machine in a replicated store.)
 
+mod holdings;
+
 use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use consort_collectives::link::{self, Answering, Limits, Message, Service};
+use consort_collectives::link::{Answering, Limits, Message, Service};
 
 use super::client::{Connect, Directory, Shards};
 use super::cluster::{Route, ServerId};
-use super::coordinator::{Coordinator, Event};
-use super::op::Op;
+use super::coordinator::{Coordinator, Event, View};
 use super::progress::{Grant, WorkerId};
 use super::spec::Spec;
-use super::wire::{Answer, Ask, Order, Told, head, said};
+use super::wire::{Ask, Told, head, said};
 use crate::Error;
+
+pub use holdings::Holdings;
 
 /// How long processes are given to hear that the job is over.
 const FAREWELL: Duration = Duration::from_secs(2);
-
-/// Everything that a job's shards hold.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub struct Holdings {
-    /// Steps taken.
-    pub steps: u64,
-    /// Steps of the optimizer.
-    pub updates: u64,
-    /// The weights, bucket after bucket.
-    pub weights: Vec<f32>,
-    /// The optimizer's buffers, each as long as the weights; empty for one that has taken no step.
-    pub state: Vec<Vec<f32>>,
-    /// The grid of each bucket, of a synchronous job with exact sums.
-    pub exponents: Vec<i32>,
-}
-
-impl Holdings {
-    /// BLAKE3 of the weights, as hexadecimal digits.
-    pub fn weights_hash(&self) -> String {
-        blake3::hash(link::bytes(&self.weights)).to_hex().to_string()
-    }
-}
 
 #[derive(Clone, Copy)]
 enum Who {
@@ -99,15 +80,15 @@ impl Shared {
             Ask::Beat { worker } | Ask::Claim { worker } | Ask::Finish { worker, .. } => {
                 Some(Who::Worker(*worker))
             }
-            Ask::Job | Ask::Register { .. } | Ask::Join | Ask::Routes => None,
+            Ask::Job | Ask::Register { .. } | Ask::Join { .. } | Ask::Routes => None,
         };
         if let Some(who) = who {
             inner.guests.insert(connection, who);
         }
         let told = match ask {
             Ask::Job => Told::Job { spec: (*self.spec).clone() },
-            Ask::Register { address } => {
-                let server = inner.coordinator.register(now, &address);
+            Ask::Register { address, name } => {
+                let server = inner.coordinator.register(now, &address, &name);
                 inner.guests.insert(connection, Who::Server(server));
                 Told::Registered { server }
             }
@@ -119,8 +100,8 @@ impl Shared {
                 }
             }
             Ask::Report { .. } => Told::Unknown,
-            Ask::Join => {
-                let worker = inner.coordinator.join(now);
+            Ask::Join { name } => {
+                let worker = inner.coordinator.join(now, &name);
                 inner.guests.insert(connection, Who::Worker(worker));
                 Told::Joined { worker }
             }
@@ -277,83 +258,27 @@ impl Lead {
         Shards::new(&*self.shared, &self.connect, &self.shared.spec)
     }
 
-    /// Gives the shards what the job begins with, once the servers are there.
-    ///
-    /// # Errors
-    /// [`Error::Setting`] for weights of another length, [`Error::Server`] where no servers come in half a minute.
-    pub fn load(&self, begin: &Holdings) -> Result<(), Error> {
-        let spec = &self.shared.spec;
-        let len: usize = spec.buckets.iter().map(|bucket| bucket.len).sum();
-        let state = begin.state.is_empty() || begin.state.len() == spec.buffers();
-        if begin.weights.len() != len || !state || begin.state.iter().any(|state| state.len() != len) {
-            let value = format!("{} values and {} buffers", begin.weights.len(), begin.state.len());
-            return Err(Error::Setting { name: "weights", value, expected: "as many as the job has" });
-        }
-        let mut shards = self.shards();
-        let mut start = 0;
-        for (bucket, BucketPlace { shard, len }) in places(spec).into_iter().enumerate() {
-            let range = start..start + len;
-            start = range.end;
-            let mut body = link::bytes(&begin.weights[range.clone()]).to_vec();
-            for buffer in 0..spec.buffers() {
-                match begin.state.get(buffer) {
-                    Some(state) => body.extend_from_slice(link::bytes(&state[range.clone()])),
-                    None => body.resize(body.len() + 4 * len, 0),
-                }
-            }
-            let op = Op::Load { bucket, step: begin.steps, updates: begin.updates };
-            let order = |epoch| Order::Change { shard, epoch, op: op.clone() };
-            match shards.ask(shard, order, &body)?.0 {
-                Answer::Outcome { outcome: super::Outcome::Refused(reason), .. } => {
-                    return Err(Error::Server(reason));
-                }
-                Answer::Outcome { .. } => {}
-                other => return Err(Error::Server(format!("a server answers a load with {other:?}"))),
-            }
-        }
-        Ok(())
-    }
-
-    /// Everything that the shards hold now. Of one moment only where nothing is pushed: at the end, or while the job is
-    /// held ([`Lead::hold`]).
-    ///
-    /// # Errors
-    /// [`Error::Server`] where a shard can't be reached.
-    pub fn fetch(&self) -> Result<Holdings, Error> {
-        let spec = &self.shared.spec;
-        let mut shards = self.shards();
-        let exponents = self.shared.lock().coordinator.progress().step().1.to_vec();
-        let mut all = Holdings { state: vec![Vec::new(); spec.buffers()], exponents, ..Holdings::default() };
-        let at_least = self.shared.lock().coordinator.progress().step().0;
-        for (bucket, BucketPlace { shard, len }) in places(spec).into_iter().enumerate() {
-            let order = |epoch| Order::State { shard, epoch, bucket, step: at_least };
-            let (answer, message) = shards.ask(shard, order, &[])?;
-            let Answer::Values { step, updates, .. } = answer else {
-                return Err(Error::Server(format!(
-                    "a server answers a question for its state with {answer:?}"
-                )));
-            };
-            let values =
-                link::numbers::<f32>(&message.body).filter(|v| v.len() == len * (1 + spec.buffers()));
-            let values =
-                values.ok_or_else(|| Error::Server(format!("bucket {bucket} came with another length")))?;
-            (all.steps, all.updates) = (step, updates);
-            all.weights.extend_from_slice(&values[..len]);
-            for (state, values) in all.state.iter_mut().zip(values[len..].chunks_exact(len.max(1))) {
-                state.extend_from_slice(values);
-            }
-        }
-        if spec.mode != super::Mode::Synchronous {
-            all.steps /= spec.groups;
-            all.updates /= spec.groups;
-        }
-        Ok(all)
-    }
-
     /// Lets the job hand out nothing from this step on, until it is told another number; `None`: no end.
     pub fn hold(&self, steps: Option<u64>) {
         self.shared.lock().coordinator.hold(steps);
         self.shared.changed.notify_all();
+    }
+
+    /// Lets what has begun come to its end and nothing more; behind how many steps that is.
+    pub fn pause(&self) -> u64 {
+        let steps = self.shared.lock().coordinator.pause();
+        self.shared.changed.notify_all();
+        steps
+    }
+
+    /// Whether the job has come to where it is held, so that what is fetched now is of one moment.
+    pub fn held(&self) -> bool {
+        self.shared.lock().coordinator.held()
+    }
+
+    /// Who does what, and who waits for whom, right now.
+    pub fn view(&self) -> View {
+        self.shared.lock().coordinator.view(self.shared.start.elapsed())
     }
 
     /// What happened since the last call; waits for it, at most so long.
@@ -420,19 +345,4 @@ impl Drop for Lead {
             let _ = ticker.join();
         }
     }
-}
-
-struct BucketPlace {
-    shard: usize,
-    len: usize,
-}
-
-/// Each bucket's shard and length.
-fn places(spec: &Spec) -> Vec<BucketPlace> {
-    let shard = |bucket| spec.shards.iter().position(|own| own.contains(&bucket)).unwrap_or_default();
-    spec.buckets
-        .iter()
-        .enumerate()
-        .map(|(i, bucket)| BucketPlace { shard: shard(i), len: bucket.len })
-        .collect()
 }

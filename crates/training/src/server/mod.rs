@@ -15,7 +15,7 @@
 //! let lead = Lead::listen("127.0.0.1:0", b"a secret of this job", spec, 2, &begin)?;
 //! // In each of two server processes:
 //! let connect = Connect::new(lead.address().to_string(), b"a secret of this job");
-//! host(&HostOptions { connect: connect.clone(), threads: 1 })?;
+//! host(&HostOptions::new(connect.clone(), 1))?;
 //! // In each worker:
 //! work(&connect, &mut Learner::of_plan(trainer, &data, &plan))?;
 //! // In the launcher, once the servers are there:
@@ -61,7 +61,7 @@ mod worker;
 
 pub use client::Connect;
 pub use cluster::{Change, Cluster, Duty, Placement, Route, ServerId};
-pub use coordinator::{Coordinator, Event};
+pub use coordinator::{Coordinator, Event, ShardView, View, Waits, WorkerView};
 pub use host::{HostOptions, host};
 pub use lead::{Holdings, Lead};
 pub use learner::Learner;

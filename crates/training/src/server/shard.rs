@@ -244,7 +244,7 @@ impl Shard {
 impl Bucket {
     pub(super) fn new(spec: &Spec, len: usize) -> Result<Bucket, Error> {
         let state = (0..spec.buffers()).map(|_| Buffer::zeroed(len));
-        let exact = spec.mode == Mode::Synchronous && spec.aggregate == Aggregate::Mean;
+        let exact = spec.exact();
         Ok(Bucket {
             loaded: false,
             step: 0,

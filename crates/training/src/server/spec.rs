@@ -201,6 +201,11 @@ impl Spec {
         }
     }
 
+    /// Whether pushes are exact sums: the weights are then the same bits for any number of workers.
+    pub fn exact(&self) -> bool {
+        self.mode == Mode::Synchronous && self.aggregate == Aggregate::Mean
+    }
+
     /// The lease.
     pub fn lease(&self) -> Duration {
         Duration::from_millis(self.lease_ms)

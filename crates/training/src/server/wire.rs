@@ -64,14 +64,14 @@ impl From<LossBits> for Loss {
 pub(super) enum Ask {
     /// What job is this?
     Job,
-    /// A server that listens here comes.
-    Register { address: String },
+    /// A server that listens here comes; what people call it.
+    Register { address: String, name: String },
     /// A server waits for another version than this one.
     Duty { server: ServerId, version: u64 },
     /// A primary reports.
     Report { server: ServerId, shard: usize, epoch: u64, report: Report },
-    /// A worker comes.
-    Join,
+    /// A worker comes; what people call it.
+    Join { name: String },
     /// A worker lives.
     Beat { worker: WorkerId },
     /// A worker has nothing to do.

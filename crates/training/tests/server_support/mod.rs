@@ -169,7 +169,7 @@ pub fn run(spec: Spec, servers: usize, workers: &[Option<Fault>]) -> Result<Came
     let connect = connect(&lead);
     std::thread::scope(|scope| {
         for _ in 0..servers {
-            let options = HostOptions { connect: connect.clone(), threads: 1 };
+            let options = HostOptions::new(connect.clone(), 1);
             scope.spawn(move || host(&options));
         }
         lead.load(&begin)?;
@@ -222,7 +222,7 @@ pub fn live() {
     println!("\nstarted {role}");
     let connect = Connect::new(address, TOKEN);
     let ended = match role.as_str() {
-        "server" => host(&HostOptions { connect, threads: 1 }),
+        "server" => host(&HostOptions::new(connect, 1)),
         _ => {
             let steps = std::env::var("SERVER_STEPS").unwrap().parse().unwrap();
             work(&connect, &mut learner(&spec(&trainer(steps), steps, 1)))

@@ -1,0 +1,348 @@
+//! The coordinator at work in a job: what the shards begin with, checkpoints of what they hold, and the end.
+//!
+//! A checkpoint is of one moment: nothing of a later step is handed out until what came before is done and fetched. That
+//! costs the workers, every so many steps, the time of the last micro-batch and of the fetching; in all modes every
+//! micro-batch then counts exactly once, over a resumption too.
+
+use std::collections::BTreeSet;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::SyncSender;
+use std::time::{Duration, Instant};
+
+use anyhow::Result;
+use consort_tensor::buffer::Buffer;
+use consort_training::checkpoint::{CheckpointConfig, Writer};
+use consort_training::job::Servers;
+use consort_training::parallel::{Finished, JobRecord, Membership, Reason, StepEvent, Worker, weights_hash};
+use consort_training::report::What;
+use consort_training::server::{Change, Event, Happened, Holdings, Lead, Replication};
+use consort_training::{Layout, Loss};
+
+use super::{Told, spec};
+use crate::environment;
+use crate::train::meeting::Meeting;
+use crate::train::{prepare, worker};
+
+/// How long a checkpoint that is being written is waited for at the end, and what is under way when the job is stopped.
+const PATIENCE: Duration = Duration::from_secs(120);
+/// How often the thread looks around when nothing happens.
+const TICK: Duration = Duration::from_millis(50);
+/// How often it says who waits for whom.
+const VIEW: Duration = Duration::from_millis(250);
+
+/// Leads a job to its end. `listening` gets the port.
+pub(super) fn lead(
+    meeting: &Meeting,
+    servers: &Servers,
+    listen: &str,
+    stop: &AtomicBool,
+    listening: &SyncSender<Result<u16>>,
+    tell: &dyn Fn(Told),
+) -> Result<Option<Finished>> {
+    let job = crate::train::parse(&meeting.file, meeting.text.clone())?.job;
+    let begun = prepare::begin(&job, &meeting.prepared)?;
+    let dataset = prepare::samples(&job, &meeting.prepared, &begun, meeting.threads, &mut |_| ())?;
+    let trainer = worker::trainer(&job, &begun, meeting.steps, meeting.threads)?;
+    let layout = trainer.decoder().layout().clone();
+    let checkpoints = CheckpointConfig {
+        location: job.checkpoint_location(),
+        options: environment::s3_options(),
+        keep: job.checkpoints.keep,
+        worker: 0,
+        workers: 1,
+        patience: PATIENCE,
+        files: worker::files(&begun, &meeting.prepared)?,
+    };
+    let plan = worker::plan(&job, meeting.steps);
+    // A worker for itself reads the checkpoint, and knows what must be equal for it to be this job's.
+    let mut alone = Worker::new(trainer, &dataset, plan, Membership::Alone, Some(checkpoints.clone()))?;
+    let mut begin = Holdings::default();
+    if meeting.resume
+        && let Some(resumed) = alone.resume()?
+    {
+        tell(Told::Resumed { step: resumed.step, refused: resumed.refused });
+        begin.steps = resumed.step;
+    }
+    let (trainer, exponents, record) = alone.into_parts();
+    begin.updates = trainer.steps();
+    begin.exponents = exponents;
+    begin.weights = trainer.weights().to_vec();
+    begin.state = trainer.optimizer().state().iter().map(|buffer| buffer.to_vec()).collect();
+    drop(trainer);
+    let spec = spec(&job, servers, meeting, &layout)?;
+    let lead = Lead::listen(listen, meeting.token.as_bytes(), spec, servers.count, &begin)?;
+    // Nobody may be waiting any more.
+    let _ = listening.send(Ok(lead.address().port()));
+    let mut leading = Leading {
+        writer: Some(Writer::new(checkpoints, &layout)?),
+        saved: None,
+        every: job.checkpoints.every,
+        servers: *servers,
+        members: BTreeSet::new(),
+        expected: meeting.workers,
+        met: false,
+        protected: false,
+        epoch: 0,
+        step: begin.steps,
+        since: Instant::now(),
+        viewed: None,
+        lost: 0,
+        lead,
+        layout,
+        record,
+        tell,
+    };
+    while !leading.lead.look(|coordinator| coordinator.cluster().formed()) {
+        if stop.load(Ordering::Relaxed) {
+            return Ok(None);
+        }
+        leading.listen();
+    }
+    leading.lead.load(&begin)?;
+    drop(begin);
+    leading.run(stop).map(Some)
+}
+
+struct Leading<'a> {
+    lead: Lead,
+    /// Until the end.
+    writer: Option<Writer>,
+    /// The last step that was given to it.
+    saved: Option<u64>,
+    every: u64,
+    servers: Servers,
+    layout: Layout,
+    record: JobRecord,
+    members: BTreeSet<u64>,
+    /// Workers that the beginning waits for, and whether they were there.
+    expected: usize,
+    met: bool,
+    /// All shards had backups once.
+    protected: bool,
+    epoch: u64,
+    step: u64,
+    /// When the last step was over.
+    since: Instant,
+    viewed: Option<Instant>,
+    /// Pushes that were lost with servers.
+    lost: u64,
+    tell: &'a dyn Fn(Told),
+}
+
+impl Leading<'_> {
+    fn run(&mut self, stop: &AtomicBool) -> Result<Finished> {
+        let mut due = (self.step / self.every + 1) * self.every;
+        let mut asked: Option<Instant> = None;
+        self.lead.hold(Some(due));
+        loop {
+            self.listen();
+            if self.lead.finished()? {
+                if let Some(finished) = self.end(Reason::Done)? {
+                    return Ok(finished);
+                }
+                continue;
+            }
+            if asked.is_none() && stop.load(Ordering::Relaxed) {
+                self.lead.pause();
+                asked = Some(Instant::now());
+            }
+            let held = self.lead.held();
+            match asked {
+                Some(since) => {
+                    let nobody = self.lead.look(|coordinator| coordinator.progress().workers() == 0);
+                    if (held || nobody || since.elapsed() > PATIENCE)
+                        && let Some(finished) = self.end(Reason::Asked)?
+                    {
+                        return Ok(finished);
+                    }
+                }
+                None if held => {
+                    self.save()?;
+                    due += self.every;
+                    self.lead.hold(Some(due));
+                }
+                None => {}
+            }
+        }
+    }
+
+    /// Passes on what happened, waiting for it a moment.
+    fn listen(&mut self) {
+        let events = self.lead.events(TICK);
+        events.into_iter().for_each(|event| self.event(event));
+        for event in self.writer.iter().flat_map(Writer::events) {
+            (self.tell)(Told::Checkpoint(event));
+        }
+        if self.viewed.is_none_or(|viewed| viewed.elapsed() >= VIEW) {
+            self.viewed = Some(Instant::now());
+            (self.tell)(Told::View(Box::new(self.lead.view())));
+        }
+    }
+
+    /// Fetches what the servers have, and has it written.
+    fn save(&mut self) -> Result<()> {
+        let Some(writer) = &mut self.writer else { return Ok(()) };
+        if writer.is_busy() {
+            writer.skip(self.step);
+            return Ok(());
+        }
+        let all = self.lead.fetch()?;
+        self.write(&all)
+    }
+
+    fn write(&mut self, all: &Holdings) -> Result<()> {
+        let mut state = Vec::with_capacity(all.state.len());
+        for values in &all.state {
+            let mut buffer = Buffer::zeroed(values.len())?;
+            buffer.copy_from_slice(values);
+            state.push(buffer);
+        }
+        let job = self.record.state(all.steps, all.updates, &all.exponents);
+        if let Some(writer) = &mut self.writer {
+            writer.save(all.steps, &self.layout, &all.weights, &state, job);
+        }
+        self.saved = Some(all.steps);
+        Ok(())
+    }
+
+    /// The last checkpoint. `None` where a server died with what only it had: that is computed again first.
+    fn end(&mut self, reason: Reason) -> Result<Option<Finished>> {
+        // The last one must not be left out because the one before is still being written.
+        if let Some(writer) = &mut self.writer {
+            writer.settle(PATIENCE);
+        }
+        let all = self.lead.fetch()?;
+        if reason == Reason::Done && !self.lead.finished()? {
+            return Ok(None);
+        }
+        self.listen();
+        if self.saved != Some(all.steps) {
+            self.write(&all)?;
+        }
+        for event in self.writer.take().map(Writer::finish).unwrap_or_default() {
+            (self.tell)(Told::Checkpoint(event));
+        }
+        if let Replication::Async { max_lag } = self.servers.replication {
+            let largest = self.lead.look(|coordinator| coordinator.largest_lag());
+            self.note(format!(
+                "backups were behind their primaries by at most {largest} changes (max_lag {max_lag}); {} acknowledged \
+                 pushes were lost with servers and computed again",
+                self.lost
+            ));
+        }
+        Ok(Some(Finished {
+            steps: all.steps,
+            reason,
+            weights_hash: weights_hash(&all.weights),
+            samples: self.record.cursor(all.steps),
+        }))
+    }
+
+    fn note(&self, text: String) {
+        (self.tell)(Told::Note(What::Note, text));
+    }
+
+    /// Workers came or went.
+    fn count(&mut self) {
+        if !self.met {
+            if self.members.len() < self.expected {
+                return;
+            }
+            self.met = true;
+            // What came before was no step's time.
+            self.since = Instant::now();
+        }
+        self.epoch += 1;
+        (self.tell)(Told::Members { workers: self.members.len(), epoch: self.epoch });
+    }
+
+    fn event(&mut self, event: Event) {
+        match event {
+            Event::Joined { worker, name } => {
+                if self.met {
+                    (self.tell)(Told::Note(
+                        What::Joined,
+                        format!("{name} has joined behind step {}", self.step),
+                    ));
+                }
+                self.members.insert(worker);
+                self.count();
+            }
+            Event::WorkerLost { worker, name, silent } => {
+                (self.tell)(Told::Left { name, silent });
+                self.members.remove(&worker);
+                self.count();
+            }
+            Event::Work(happened) => self.happened(happened),
+            Event::Servers(change) => self.changed(&change),
+        }
+    }
+
+    fn happened(&mut self, happened: Happened) {
+        match happened {
+            Happened::Step { step, loss, gradient_norm, learning_rate } => {
+                self.done(step, loss, gradient_norm, learning_rate);
+            }
+            Happened::Round { step, loss, learning_rate } => self.done(step, loss, 0.0, learning_rate),
+            Happened::LostPushes { pushes, groups } => {
+                self.lost += pushes;
+                self.note(format!(
+                    "{pushes} acknowledged pushes were lost with a server; the micro-batches of {groups} groups are \
+                     computed again"
+                ));
+            }
+            // A step that is done again on other grids is no news; the loop ends with a failure.
+            Happened::Redone { .. } | Happened::Failed(_) => {}
+        }
+    }
+
+    fn changed(&mut self, change: &Change) {
+        let name = |server| self.lead.look(|coordinator| coordinator.server_name(server));
+        match *change {
+            Change::FailedOver { shard, epoch, from, to } => self.note(format!(
+                "{} has taken over shard {shard} from {} (epoch {epoch}, behind step {})",
+                name(to),
+                name(from),
+                self.step
+            )),
+            Change::Unprotected { shard, .. } => {
+                self.note(format!("shard {shard} has no backup for the moment"));
+            }
+            Change::Protected { shard, backup, .. } if self.protected => {
+                self.note(format!("shard {shard} has a backup again: {}", name(backup)));
+            }
+            Change::Protected { .. } => {
+                let shards = self.lead.look(|coordinator| {
+                    let shards = coordinator.cluster().placements();
+                    shards.iter().all(|shard| shard.in_sync).then_some(shards.len())
+                });
+                if let Some(shards) = shards {
+                    self.protected = true;
+                    self.note(format!(
+                        "{shards} shards on {} servers, each with a backup",
+                        self.servers.count
+                    ));
+                }
+            }
+            Change::Lost { shard } => self.note(format!("shard {shard} is lost")),
+        }
+    }
+
+    fn done(&mut self, step: u64, loss: Loss, gradient_norm: f64, learning_rate: f64) {
+        self.step = step + 1;
+        let took = std::mem::replace(&mut self.since, Instant::now()).elapsed();
+        (self.tell)(Told::Step(Box::new(StepEvent {
+            step,
+            loss: loss.mean(),
+            learning_rate,
+            gradient_norm,
+            rows: loss.rows as u64,
+            samples: self.record.cursor(step + 1) - self.record.cursor(step),
+            cursor: self.record.cursor(step + 1),
+            workers: self.members.len(),
+            epoch: self.epoch,
+            took_us: took.as_micros() as u64,
+            ..StepEvent::default()
+        })));
+    }
+}
