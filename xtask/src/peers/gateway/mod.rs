@@ -8,6 +8,7 @@
 
 mod open_loop;
 mod page;
+mod pauses;
 mod proxies;
 mod wrk;
 
@@ -28,7 +29,7 @@ use wrk::Burst;
 const REQUEST: &str = r#"{"model":"m","messages":[{"role":"system","content":"You are a helpful assistant."},{"role":"user","content":"Hello!"}],"max_tokens":16}"#;
 
 /// Seconds of one measurement.
-const SECONDS: u64 = 1;
+const SECONDS: u64 = 2;
 
 /// Of our limit, at which times are compared.
 const LOAD: f64 = 0.7;
@@ -55,13 +56,13 @@ impl Side {
         )
     }
 
-    /// Microseconds that it adds: the median of the rounds' differences, and the difference of the least 99th
-    /// percentiles.
-    fn added(&self) -> (f64, f64) {
-        let p50 = median(self.times.iter().map(|(through, alone)| through.p50 - alone.p50).collect());
-        let p99 = least(self.times.iter().map(|(through, _)| through.p99))
-            - least(self.times.iter().map(|(_, alone)| alone.p99));
-        (p50, p99)
+    /// Microseconds that it adds, the medians of the rounds' differences: at the 50th percentile, at the 99th within a
+    /// window, at the 99th of everything.
+    fn added(&self) -> [f64; 3] {
+        let at = |figure: fn(&Latency) -> f64| {
+            median(self.times.iter().map(|(through, alone)| figure(through) - figure(alone)).collect())
+        };
+        [at(|time| time.p50), at(|time| time.p99_window), at(|time| time.p99)]
     }
 }
 
@@ -134,13 +135,15 @@ pub(super) fn compare(root: &Path, arguments: &PeersArguments) -> Result<()> {
             bail!("{}: {} requests failed under load; nothing else it did counts", side.name, burst.errors);
         }
     }
+    note("how long this machine itself stands still");
+    let pauses = pauses::measure();
     let table = page::table(&alone, &sides);
     println!("{table}");
     if arguments.json {
         return Ok(());
     }
     let document = root.join("docs/peers-gateway.md");
-    fs::write(&document, page::page(arguments.pairs, &cores, &proxies, ours, &table))?;
+    fs::write(&document, page::page(arguments.pairs, &cores, &proxies, ours, &pauses, &table))?;
     println!("written to {}", document.display());
     Ok(())
 }
