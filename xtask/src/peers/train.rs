@@ -7,6 +7,8 @@ use std::fs;
 use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::thread;
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 
@@ -25,6 +27,8 @@ const SHAPES: [(&str, &str, f64); 2] = [
     ("small", "6 layers, 384 wide, 4,096 tokens; 8 × 256", 2048.0),
     ("smollm2", "SmolLM2-135M; 4 × 256", 1024.0),
 ];
+/// Before each step: threads that still spin after the other side's last one would take part of this side's time.
+const PAUSE: Duration = Duration::from_millis(400);
 const PRECISIONS: [&str; 2] = ["f32", "bf16"];
 const MODES: [&str; 2] = ["eager", "compiled"];
 
@@ -148,6 +152,7 @@ impl Stepper {
 
     /// Seconds of one step.
     fn step(&mut self) -> Result<f64> {
+        thread::sleep(PAUSE);
         let lines = self.lines.as_mut().context("the child has no stdin")?;
         lines.write_all(b"\n").and_then(|()| lines.flush()).with_context(|| self.spelled.clone())?;
         let answer = self.answer()?;
@@ -178,7 +183,8 @@ fn page(sides: &Sides, rounds: usize, table: &str) -> String {
         this page. Machine: {machine}, {threads} threads on both sides. {packages}.\n\n\
         {table}\n\
         Tokens a second of whole training steps: forward, backward, clipping to a norm of 1, AdamW. All sides are \
-        running processes that take turns step by step, {rounds} rounds a row. A figure is the median of its side; the \
+        running processes that take turns step by step, {rounds} rounds a row, with a pause of {pause} ms before each step (threads \
+        that wait spin for a while). A figure is the median of its side; the \
         last column is the median of the rounds' ratios, with the lowest and the highest round.\n\n\
         - *PyTorch*: transformers' `LlamaForCausalLM` with `scaled_dot_product_attention`, `AdamW(fused=True)`; *compiled* \
         is `torch.compile` around forward and loss, *bf16* is `torch.autocast`. The script: [train.py](../{script}).\n\
@@ -187,6 +193,7 @@ fn page(sides: &Sides, rounds: usize, table: &str) -> String {
         - Random tokens, weights from scratch, the embedding is also the head, no activation is computed twice.\n",
         machine = super::machine(),
         threads = sides.threads,
+        pause = PAUSE.as_millis(),
         packages = PACKAGES.join(", "),
         script = SCRIPT,
     )

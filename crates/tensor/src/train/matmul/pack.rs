@@ -174,8 +174,14 @@ fn pack_row<L: Lanes, M: Multiply>(l: L, row: &[f32], out: &mut [u32]) {
 }
 
 impl PackedB {
+    /// Words from one panel to the next. Not a multiple of a page: a step's words go to every panel, and would all fall
+    /// into the same set of the cache.
+    fn pitch(&self) -> usize {
+        self.steps * TILE_COLS + TILE_COLS
+    }
+
     pub(super) fn panel(&self, index: usize) -> *const u32 {
-        self.words[index * self.steps * TILE_COLS..][..self.steps * TILE_COLS].as_ptr()
+        self.words[index * self.pitch()..][..self.steps * TILE_COLS].as_ptr()
     }
 
     /// Packs `cols` (first and count) of `b`, whose extent the caller has checked.
@@ -191,7 +197,8 @@ impl PackedB {
         self.cols = count;
         self.steps = steps.len.div_ceil(M::VALUES);
         let panels = count.div_ceil(TILE_COLS);
-        grown(&mut self.words, panels * self.steps * TILE_COLS);
+        let len = panels * self.pitch();
+        grown(&mut self.words, len);
         if b.turned {
             self.pack_turned::<L, M>(l, b, steps, first);
         } else {
@@ -202,14 +209,14 @@ impl PackedB {
     /// Memory rows are steps.
     #[inline(always)]
     fn pack_plain<L: Lanes, M: Multiply>(&mut self, l: L, b: View<'_>, steps: Steps, first: usize) {
-        let panel_words = self.steps * TILE_COLS;
+        let pitch = self.pitch();
         for index in 0..self.steps {
             let step = steps.from + index * M::VALUES;
             let even = &b.values[step * b.stride + first..][..self.cols];
             let odd = (M::VALUES == 2 && index * 2 + 1 < steps.len)
                 .then(|| &b.values[(step + 1) * b.stride + first..][..self.cols]);
             for col in (0..self.cols).step_by(LANES) {
-                let at = col / TILE_COLS * panel_words + index * TILE_COLS + col % TILE_COLS;
+                let at = col / TILE_COLS * pitch + index * TILE_COLS + col % TILE_COLS;
                 let out = &mut self.words[at..at + LANES];
                 let n = LANES.min(self.cols - col);
                 if n < LANES || (M::VALUES == 2 && odd.is_none()) {
@@ -233,7 +240,7 @@ impl PackedB {
             }
             // The last panel's second vector, where no column falls into it.
             if (self.cols - 1) % TILE_COLS < LANES {
-                let at = (self.cols - 1) / TILE_COLS * panel_words + index * TILE_COLS + LANES;
+                let at = (self.cols - 1) / TILE_COLS * pitch + index * TILE_COLS + LANES;
                 self.words[at..at + LANES].fill(0);
             }
         }
@@ -242,14 +249,14 @@ impl PackedB {
     /// Memory rows are columns: squares of sixteen words are turned.
     #[inline(always)]
     fn pack_turned<L: Lanes, M: Multiply>(&mut self, l: L, b: View<'_>, steps: Steps, first: usize) {
-        let panel_words = self.steps * TILE_COLS;
+        let (panel_words, pitch) = (self.steps * TILE_COLS, self.pitch());
         if panel_words == 0 {
             return;
         }
         let mut pairs = [0u32; LANES * LANES];
         for col in (0..self.cols.next_multiple_of(TILE_COLS)).step_by(LANES) {
             let cols = LANES.min(self.cols.saturating_sub(col));
-            let panel = &mut self.words[col / TILE_COLS * panel_words..][..panel_words];
+            let panel = &mut self.words[col / TILE_COLS * pitch..][..panel_words];
             let out = &mut panel[col % TILE_COLS..];
             let row = |lane: usize| &b.values[(first + col + lane) * b.stride + steps.from..][..steps.len];
             let whole = if cols == LANES { steps.len / (LANES * M::VALUES) * LANES } else { 0 };
