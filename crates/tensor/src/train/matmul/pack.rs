@@ -90,6 +90,10 @@ impl PackedA {
                     continue;
                 }
                 let from = (first + row) * a.stride + steps.from;
+                let next = a.values.as_ptr().wrapping_add(from + 2 * a.stride);
+                for line in (0..steps.len).step_by(LANES) {
+                    prefetch_read(next.wrapping_add(line));
+                }
                 pack_row::<L, M>(l, &a.values[from..from + steps.len], out);
             }
             return;
@@ -215,6 +219,12 @@ impl PackedB {
             let even = &b.values[step * b.stride + first..][..self.cols];
             let odd = (M::VALUES == 2 && index * 2 + 1 < steps.len)
                 .then(|| &b.values[(step + 1) * b.stride + first..][..self.cols]);
+            for ahead in 0..M::VALUES {
+                let next = b.values.as_ptr().wrapping_add((step + AHEAD * M::VALUES + ahead) * b.stride + first);
+                for line in (0..self.cols).step_by(LANES) {
+                    prefetch_read(next.wrapping_add(line));
+                }
+            }
             for col in (0..self.cols).step_by(LANES) {
                 let at = col / TILE_COLS * pitch + index * TILE_COLS + col % TILE_COLS;
                 let out = &mut self.words[at..at + LANES];
