@@ -186,7 +186,7 @@ fn tasks(rows: usize, (cols, most_cols): (usize, usize), threads: usize) -> (usi
     if threads == 1 {
         return (even(rows, down, TILE_ROWS), even(cols, across, TILE_COLS));
     }
-    let wanted = 4 * threads;
+    let wanted = 2 * threads;
     let most_down = rows.div_ceil(BLOCK_ROWS);
     let mut down = down.max(wanted.div_ceil(across)).min(most_down).max(1);
     let across = across.max(wanted.div_ceil(down)).min(cols.div_ceil(4 * TILE_COLS)).max(across);

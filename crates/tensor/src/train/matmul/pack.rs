@@ -220,7 +220,8 @@ impl PackedB {
             let odd = (M::VALUES == 2 && index * 2 + 1 < steps.len)
                 .then(|| &b.values[(step + 1) * b.stride + first..][..self.cols]);
             for ahead in 0..M::VALUES {
-                let next = b.values.as_ptr().wrapping_add((step + AHEAD * M::VALUES + ahead) * b.stride + first);
+                let next =
+                    b.values.as_ptr().wrapping_add((step + AHEAD * M::VALUES + ahead) * b.stride + first);
                 for line in (0..self.cols).step_by(LANES) {
                     prefetch_read(next.wrapping_add(line));
                 }
