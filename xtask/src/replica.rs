@@ -15,6 +15,9 @@ use crate::command::spelled;
 /// How long a server may take until it is ready.
 const READY_WITHIN: Duration = Duration::from_secs(120);
 
+/// How long it may take to end when it is asked to.
+const FAREWELL: Duration = Duration::from_secs(5);
+
 /// A running server.
 pub(crate) struct Replica {
     child: Child,
@@ -85,6 +88,16 @@ impl Replica {
 
 impl Drop for Replica {
     fn drop(&mut self) {
+        // Asked first: a master that is killed outright leaves its workers behind.
+        if let Ok(pid) = i32::try_from(self.child.id())
+            && let Some(pid) = rustix::process::Pid::from_raw(pid)
+            && rustix::process::kill_process(pid, rustix::process::Signal::TERM).is_ok()
+        {
+            let end = Instant::now() + FAREWELL;
+            while Instant::now() < end && matches!(self.child.try_wait(), Ok(None)) {
+                thread::sleep(Duration::from_millis(20));
+            }
+        }
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
