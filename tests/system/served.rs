@@ -43,7 +43,10 @@ fn a_job_around_servers_has_the_bits_of_one_without() {
         place.metrics().iter().filter(|r| r["kind"] == "step").filter_map(|r| r["step"].as_u64()).collect();
     assert_eq!(steps, (1..=STEPS).collect::<Vec<_>>());
     let report = fs::read_to_string(place.out().join("report.html")).unwrap();
-    assert!(report.contains("<svg") && report.contains("2 shards on 2 servers, each with a backup"));
+    assert!(
+        report.contains("hidden behind backward")
+            && report.contains("2 shards on 2 servers, each with a backup")
+    );
     let job = fs::read_to_string(place.job()).unwrap();
     fs::write(place.job(), job.replace("claim = 2", "claim = 1\ncount = 3")).unwrap();
     let again = place.train(&["--json", "--restart", "--workers", "4"]).end();
@@ -123,6 +126,12 @@ fn without_waiting_the_loss_falls_though_processes_die() {
         let ended = training.end();
         let json = ended.json();
         assert_eq!((&json["complete"], &json["step"]), (&true.into(), &STEPS.into()), "{}", ended.errors);
+        if servers.contains("bounded") {
+            let said = ended.errors.lines().find(|line| line.contains("(staleness 2)"));
+            let spread =
+                said.and_then(|line| line.split_whitespace().find_map(|word| word.parse::<u64>().ok()));
+            assert!(spread.is_some_and(|spread| spread <= 2), "{}", ended.errors);
+        }
         let losses = losses(&place);
         let (first, last) = (mean(&losses[..5]), mean(&losses[losses.len() - 5..]));
         assert!(losses.len() == STEPS as usize && last < first - 0.3, "{servers}: {first} to {last}");

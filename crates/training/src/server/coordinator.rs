@@ -18,7 +18,7 @@ use super::op::Ready;
 use super::progress::{Grant, Happened, Progress, Verdict, WorkerId};
 use super::seen::Seen;
 use super::spec::Spec;
-use super::wire::{Duties, Report};
+use super::wire::{Duties, Effort, Report};
 
 pub use view::{ShardView, View, Waits, WorkerView};
 
@@ -354,6 +354,7 @@ impl Coordinator {
         (group, attempt): (u64, u32),
         epochs: &[u64],
         losses: Vec<Loss>,
+        effort: Effort,
     ) -> Option<Verdict> {
         if !self.progress.heard(now, id) {
             return None;
@@ -368,7 +369,7 @@ impl Coordinator {
         if !stands || !self.unheard.is_empty() {
             return Some(Verdict::Again);
         }
-        let (verdict, happened) = self.progress.finish(id, group, attempt, losses);
+        let (verdict, happened) = self.progress.finish(id, group, attempt, losses, effort);
         self.work(happened);
         Some(verdict)
     }

@@ -60,7 +60,7 @@ fn wait<'a, T>(condition: &Condvar, guard: MutexGuard<'a, T>, limit: Duration) -
 /// [`Error::Group`] where the coordinator is gone, [`Error::Server`] where the job can't go on.
 pub fn host(options: &HostOptions) -> Result<(), Error> {
     while life(options)? == Ending::GivenUp {
-        tracing::warn!("the coordinator gave this server up; it comes back as new, with nothing");
+        tracing::info!("the coordinator gave this server up; it comes back as new, with nothing");
     }
     Ok(())
 }

@@ -110,9 +110,9 @@ impl Shared {
                 false => Told::Unknown,
             },
             Ask::Claim { worker } => return self.claim(inner, worker),
-            Ask::Finish { worker, group, attempt, epochs, losses } => {
+            Ask::Finish { worker, group, attempt, epochs, losses, effort } => {
                 let losses = losses.into_iter().map(Into::into).collect();
-                match inner.coordinator.finish(now, worker, (group, attempt), &epochs, losses) {
+                match inner.coordinator.finish(now, worker, (group, attempt), &epochs, losses, effort) {
                     Some(verdict) => Told::Verdict(verdict),
                     None => Told::Unknown,
                 }

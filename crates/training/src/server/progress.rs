@@ -29,6 +29,7 @@ use serde::{Deserialize, Serialize};
 use super::op::{Decision, Ready};
 use super::seen::Seen;
 use super::spec::{Mode, Spec};
+use super::wire::Effort;
 
 /// A worker's number. Never used twice.
 pub type WorkerId = u64;
@@ -83,6 +84,8 @@ pub enum Happened {
         gradient_norm: f64,
         /// The learning rate.
         learning_rate: f64,
+        /// What its groups took.
+        spent: Spent,
     },
     /// As many groups as a step has are done, in another mode than the synchronous one.
     Round {
@@ -92,6 +95,8 @@ pub enum Happened {
         loss: Loss,
         /// The learning rate by its end.
         learning_rate: f64,
+        /// What its groups took.
+        spent: Spent,
     },
     /// A step is done again on other grids.
     Redone {
@@ -109,6 +114,35 @@ pub enum Happened {
     },
     /// It can't go on.
     Failed(String),
+}
+
+/// What the groups of a step or round took, added up.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Spent {
+    /// Groups.
+    pub groups: u64,
+    /// Who computed them.
+    pub workers: BTreeSet<WorkerId>,
+    /// Seconds of forward and backward.
+    pub computed_s: f64,
+    /// Seconds that pushes were on their way.
+    pub carried_s: f64,
+    /// Of them, with nothing left to compute.
+    pub exposed_s: f64,
+    /// The lengths of their mean gradients, where pushes move the weights at once.
+    pub norms: f64,
+}
+
+impl Spent {
+    fn add(&mut self, worker: WorkerId, effort: Effort) {
+        let seconds = |us: u64| us as f64 / 1e6;
+        self.groups += 1;
+        self.workers.insert(worker);
+        self.computed_s += seconds(effort.computed_us);
+        self.carried_s += seconds(effort.carried_us);
+        self.exposed_s += seconds(effort.exposed_us);
+        self.norms += effort.norm.get();
+    }
 }
 
 #[derive(Debug)]
@@ -150,6 +184,10 @@ pub struct Progress {
     updates: u64,
     /// Rounds that were told, and the loss since.
     round: (u64, Loss),
+    /// What the groups of the step or round under way took.
+    spent: Spent,
+    /// The largest distance that the clocks of any two workers had.
+    spread: u64,
     /// No group of this step or a later one is handed out.
     hold: Option<u64>,
     /// Enough workers have been there at once.
@@ -177,6 +215,8 @@ impl Progress {
             decision: None,
             updates,
             round: (steps, Loss::default()),
+            spent: Spent::default(),
+            spread: 0,
             hold: None,
             begun: false,
             finished: steps >= spec.steps,
@@ -238,6 +278,11 @@ impl Progress {
                 all && self.holds(hold) && self.claimed.is_empty()
             }
         }
+    }
+
+    /// The largest distance that the clocks of any two workers ever had, in groups: with bounded staleness, at most that.
+    pub fn spread(&self) -> u64 {
+        self.spread
     }
 
     /// Groups done.

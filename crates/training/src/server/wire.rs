@@ -42,6 +42,19 @@ pub enum Report {
     Lag(u64),
 }
 
+/// What a group took, on its worker: for people alone.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Effort {
+    /// Forward and backward, in microseconds.
+    pub computed_us: u64,
+    /// From the first push to the last acknowledgement, in microseconds.
+    pub carried_us: u64,
+    /// Of it, with nothing left to compute.
+    pub exposed_us: u64,
+    /// The mean gradient's length, where pushes move the weights at once.
+    pub norm: Bits,
+}
+
 /// The loss of a micro-batch, as bits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct LossBits(Bits, Bits, u64);
@@ -77,7 +90,14 @@ pub(super) enum Ask {
     /// A worker has nothing to do.
     Claim { worker: WorkerId },
     /// A worker's group is done.
-    Finish { worker: WorkerId, group: u64, attempt: u32, epochs: Vec<u64>, losses: Vec<LossBits> },
+    Finish {
+        worker: WorkerId,
+        group: u64,
+        attempt: u32,
+        epochs: Vec<u64>,
+        losses: Vec<LossBits>,
+        effort: Effort,
+    },
     /// Where are the shards?
     Routes,
 }

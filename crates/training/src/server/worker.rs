@@ -105,7 +105,7 @@ pub fn work(connect: &Connect, compute: &mut dyn Compute) -> Result<Worked, Erro
             Ok(Ending::JobOver) | Err(Error::Ended) => return Ok(worked),
             Err(error) => return Err(error),
             Ok(Ending::GivenUp) => {
-                tracing::warn!(worker = id, "was given up; comes back as new");
+                tracing::info!(worker = id, "was given up; comes back as new");
                 worked.returns += 1;
             }
         }

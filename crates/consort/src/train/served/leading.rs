@@ -13,9 +13,11 @@ use anyhow::Result;
 use consort_tensor::buffer::Buffer;
 use consort_training::checkpoint::{CheckpointConfig, Writer};
 use consort_training::job::Servers;
-use consort_training::parallel::{Finished, JobRecord, Membership, Reason, StepEvent, Worker, weights_hash};
+use consort_training::parallel::{
+    Finished, JobRecord, Membership, Reason, Span, StepEvent, Worker, weights_hash,
+};
 use consort_training::report::What;
-use consort_training::server::{Change, Event, Happened, Holdings, Lead, Replication};
+use consort_training::server::{Change, Event, Happened, Holdings, Lead, Mode, Replication, Spent};
 use consort_training::{Layout, Loss};
 
 use super::{Told, spec};
@@ -81,7 +83,7 @@ pub(super) fn lead(
         members: BTreeSet::new(),
         expected: meeting.workers,
         met: false,
-        protected: false,
+        protected: BTreeSet::new(),
         epoch: 0,
         step: begin.steps,
         since: Instant::now(),
@@ -117,8 +119,8 @@ struct Leading<'a> {
     /// Workers that the beginning waits for, and whether they were there.
     expected: usize,
     met: bool,
-    /// All shards had backups once.
-    protected: bool,
+    /// Shards that had a backup once.
+    protected: BTreeSet<usize>,
     epoch: u64,
     step: u64,
     /// When the last step was over.
@@ -230,6 +232,12 @@ impl Leading<'_> {
                 self.lost
             ));
         }
+        if let Mode::Bounded { staleness } = self.servers.mode {
+            let spread = self.lead.look(|coordinator| coordinator.progress().spread());
+            self.note(format!(
+                "no worker was ever more than {spread} groups ahead of another (staleness {staleness})"
+            ));
+        }
         Ok(Some(Finished {
             steps: all.steps,
             reason,
@@ -280,10 +288,14 @@ impl Leading<'_> {
 
     fn happened(&mut self, happened: Happened) {
         match happened {
-            Happened::Step { step, loss, gradient_norm, learning_rate } => {
-                self.done(step, loss, gradient_norm, learning_rate);
+            Happened::Step { step, loss, gradient_norm, learning_rate, spent } => {
+                self.done(step, loss, (gradient_norm, learning_rate), &spent);
             }
-            Happened::Round { step, loss, learning_rate } => self.done(step, loss, 0.0, learning_rate),
+            Happened::Round { step, loss, learning_rate, spent } => {
+                // Of no gradient of its own: the mean of its groups'.
+                let norm = spent.norms / spent.groups.max(1) as f64;
+                self.done(step, loss, (norm, learning_rate), &spent);
+            }
             Happened::LostPushes { pushes, groups } => {
                 self.lost += pushes;
                 self.note(format!(
@@ -308,29 +320,28 @@ impl Leading<'_> {
             Change::Unprotected { shard, .. } => {
                 self.note(format!("shard {shard} has no backup for the moment"));
             }
-            Change::Protected { shard, backup, .. } if self.protected => {
-                self.note(format!("shard {shard} has a backup again: {}", name(backup)));
-            }
-            Change::Protected { .. } => {
-                let shards = self.lead.look(|coordinator| {
-                    let shards = coordinator.cluster().placements();
-                    shards.iter().all(|shard| shard.in_sync).then_some(shards.len())
-                });
-                if let Some(shards) = shards {
-                    self.protected = true;
-                    self.note(format!(
-                        "{shards} shards on {} servers, each with a backup",
-                        self.servers.count
-                    ));
+            Change::Protected { shard, backup, .. } => {
+                let shards = self.lead.look(|coordinator| coordinator.cluster().placements().len());
+                match self.protected.insert(shard) {
+                    // The beginning: said once, of all.
+                    true if self.protected.len() == shards => {
+                        let servers = self.servers.count;
+                        self.note(format!("{shards} shards on {servers} servers, each with a backup"));
+                    }
+                    true => {}
+                    false => self.note(format!("shard {shard} has a backup again: {}", name(backup))),
                 }
             }
             Change::Lost { shard } => self.note(format!("shard {shard} is lost")),
         }
     }
 
-    fn done(&mut self, step: u64, loss: Loss, gradient_norm: f64, learning_rate: f64) {
+    /// A step is done, in whichever mode. Times are those of a worker, on average.
+    fn done(&mut self, step: u64, loss: Loss, (gradient_norm, learning_rate): (f64, f64), spent: &Spent) {
         self.step = step + 1;
         let took = std::mem::replace(&mut self.since, Instant::now()).elapsed();
+        let us = |seconds: f64| (seconds / spent.workers.len().max(1) as f64 * 1e6) as u64;
+        let carried = Span { end_us: us(spent.carried_s), ..Span::default() };
         (self.tell)(Told::Step(Box::new(StepEvent {
             step,
             loss: loss.mean(),
@@ -342,6 +353,10 @@ impl Leading<'_> {
             workers: self.members.len(),
             epoch: self.epoch,
             took_us: took.as_micros() as u64,
+            computed_us: us(spent.computed_s),
+            waited_us: us(spent.exposed_s),
+            overlapped_us: us(spent.carried_s - spent.exposed_s),
+            spans: vec![carried],
             ..StepEvent::default()
         })));
     }

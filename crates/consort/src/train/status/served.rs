@@ -37,9 +37,16 @@ pub(super) fn explain(view: &View, places: &[Place], now: u64) -> String {
         }
     }
     let waiting: Vec<String> = view.workers.iter().filter(|w| w.waits.is_some()).map(named).collect();
-    if let Some(whom) = whom(view, places).filter(|_| !waiting.is_empty()) {
-        let verb = if waiting.len() == 1 { "waits" } else { "wait" };
-        let _ = writeln!(out, "{} {verb} for {whom}", waiting.join(", "));
+    match (failing(view, places), whom(view, places)) {
+        // Who isn't waiting for it yet soon is: with a push, or for weights.
+        (Some(failing), _) => {
+            let _ = writeln!(out, "everybody waits for {failing}");
+        }
+        (None, Some(whom)) if !waiting.is_empty() => {
+            let verb = if waiting.len() == 1 { "waits" } else { "wait" };
+            let _ = writeln!(out, "{} {verb} for {whom}", waiting.join(", "));
+        }
+        _ => {}
     }
     out
 }
@@ -130,19 +137,28 @@ fn trouble(shard: &ShardView) -> Option<String> {
     (!words.is_empty()).then(|| words.join("; "))
 }
 
-/// Whom those who wait wait for, in the end.
-fn whom(view: &View, places: &[Place]) -> Option<String> {
-    let is_stopped = |name: &str| places.iter().any(|place| place.name == name && place.stopped);
-    let failing = view.shards.iter().enumerate().find_map(|(number, shard)| {
+fn is_stopped(places: &[Place], name: &str) -> bool {
+    places.iter().any(|place| place.name == name && place.stopped)
+}
+
+/// A shard that nobody gets an answer from, if there is one.
+fn failing(view: &View, places: &[Place]) -> Option<String> {
+    view.shards.iter().enumerate().find_map(|(number, shard)| {
         let primary = shard.primary.as_ref()?;
         let why = match () {
             () if shard.promoting => "has just taken it over".to_owned(),
-            () if is_stopped(primary) => "is stopped".to_owned(),
+            () if is_stopped(places, primary) => {
+                "is stopped; past the lease its backup takes over".to_owned()
+            }
             () if shard.silent_ms > SILENT_MS => format!("is silent for {}", seconds(shard.silent_ms)),
             () => return None,
         };
         Some(format!("shard {number}, whose primary {primary} {why}"))
-    });
+    })
+}
+
+/// Whom those who wait wait for, in the end.
+fn whom(view: &View, places: &[Place]) -> Option<String> {
     let mut by: Vec<u64> = Vec::new();
     for worker in &view.workers {
         if let Some((
@@ -158,23 +174,20 @@ fn whom(view: &View, places: &[Place]) -> Option<String> {
     // Who waits itself is not whom the others wait for.
     let waits = |id: &u64| view.workers.iter().any(|worker| worker.worker == *id && worker.waits.is_some());
     by.retain(|id| !waits(id));
-    failing.or_else(|| {
-        let name = |id: &u64| {
-            let Some(worker) = view.workers.iter().find(|worker| worker.worker == *id) else {
-                return "a worker that is being fenced".to_owned();
-            };
-            let since = worker.computes.map_or(0, |(_, ms)| ms);
-            let how = if is_stopped(&worker.name) {
-                "stopped".to_owned()
-            } else if worker.silent_ms > SILENT_MS {
-                format!("silent for {}", seconds(worker.silent_ms))
-            } else {
-                format!("at its group for {}", seconds(since))
-            };
-            format!("{} ({how})", worker.name)
+    let name = |id: &u64| {
+        let Some(worker) = view.workers.iter().find(|worker| worker.worker == *id) else {
+            return "a worker that is being fenced".to_owned();
         };
-        (!by.is_empty()).then(|| by.iter().map(name).collect::<Vec<_>>().join(", "))
-    })
+        let how = if is_stopped(places, &worker.name) {
+            "stopped".to_owned()
+        } else if worker.silent_ms > SILENT_MS {
+            format!("silent for {}", seconds(worker.silent_ms))
+        } else {
+            format!("at its group for {}", seconds(worker.computes.map_or(0, |(_, ms)| ms)))
+        };
+        format!("{} ({how})", worker.name)
+    };
+    (!by.is_empty()).then(|| by.iter().map(name).collect::<Vec<_>>().join(", "))
 }
 
 #[cfg(test)]
@@ -246,7 +259,10 @@ mod tests {
         let text = explain(&view, &places, 10_100);
         assert!(text.contains("shard 0  fails over: server 1 takes it (epoch 2); has no backup"), "{text}");
         assert!(text.contains("server 0  is gone; a new process is due"), "{text}");
-        assert!(text.contains("waits for shard 0, whose primary server 1 has just taken it over"), "{text}");
+        assert!(
+            text.contains("everybody waits for shard 0, whose primary server 1 has just taken it over"),
+            "{text}"
+        );
         (view.shards[0].promoting, view.shards[0].silent_ms) = (false, 1900);
         let text = explain(&view, &places, 10_100);
         assert!(text.contains("shard 0, whose primary server 1 is silent for 1.9 s"), "{text}");

@@ -24,7 +24,7 @@ fn job(mode: Mode) -> Spec {
 fn finish(coordinator: &mut Coordinator, worker: WorkerId, group: u64) {
     let epochs: Vec<u64> = coordinator.cluster().placements().iter().map(|p| p.epoch).collect();
     let loss = Loss { sum: 1.0, weight: 2.0, rows: 2 };
-    let verdict = coordinator.finish(at(1), worker, (group, 0), &epochs, vec![loss]);
+    let verdict = coordinator.finish(at(1), worker, (group, 0), &epochs, vec![loss], Effort::default());
     assert_eq!(verdict, Some(Verdict::Accepted));
 }
 

@@ -10,6 +10,7 @@ use crate::server::aggregate::krum;
 use crate::server::op::{Decision, Ready};
 use crate::server::seen::Seen;
 use crate::server::spec::{Aggregate, Mode};
+use crate::server::wire::Effort;
 
 /// Times that one step is done again before somebody must be wrong about its gradients.
 const ATTEMPTS: u32 = 3;
@@ -22,6 +23,7 @@ impl Progress {
         group: u64,
         attempt: u32,
         losses: Vec<Loss>,
+        effort: Effort,
     ) -> (Verdict, Vec<Happened>) {
         let holds =
             self.claimed.get(&group).is_some_and(|claims| claims.iter().any(|(worker, _)| *worker == id));
@@ -36,7 +38,10 @@ impl Progress {
         self.claimed.remove(&group);
         if let Some(worker) = self.workers.get_mut(&id) {
             worker.clock += 1;
+            let clock = worker.clock;
+            self.spread = self.spread.max(clock - self.slowest());
         }
+        self.spent.add(id, effort);
         if !self.done.insert(group) {
             return (Verdict::Accepted, Vec::new());
         }
@@ -49,7 +54,8 @@ impl Progress {
         if self.done.count() / self.spec.groups > self.round.0 {
             let loss = std::mem::take(&mut self.round.1);
             let learning_rate = self.spec.schedule.at(self.round.0);
-            happened.push(Happened::Round { step: self.round.0, loss, learning_rate });
+            let spent = std::mem::take(&mut self.spent);
+            happened.push(Happened::Round { step: self.round.0, loss, learning_rate, spent });
             self.round.0 += 1;
         }
         self.finished = self.done.count() == self.spec.total();
@@ -179,7 +185,8 @@ impl Progress {
         self.step.step += 1;
         self.begin(0);
         self.finished = self.step.step >= self.spec.steps;
-        vec![Happened::Step { step, loss, gradient_norm: norm, learning_rate }]
+        let spent = std::mem::take(&mut self.spent);
+        vec![Happened::Step { step, loss, gradient_norm: norm, learning_rate, spent }]
     }
 
     /// The step again, on grids that suit what was seen.

@@ -12,6 +12,7 @@ use super::world::{Worker, World};
 use crate::server::op::{Op, Outcome, Push, Terms};
 use crate::server::progress::{Claim, Grant, Verdict};
 use crate::server::spec::{Aggregate, Mode};
+use crate::server::wire::Effort;
 
 /// A gradient that depends on the weights, the group and the place; step 3's are far larger than those before.
 fn gradient(weights: &[f32], group: u64, bucket: usize) -> Vec<f32> {
@@ -200,7 +201,8 @@ impl World {
             |shard: &Vec<usize>| shard.iter().map(|b| self.workers[index].acknowledged[b]).min().unwrap();
         let epochs: Vec<u64> = self.spec.shards.iter().map(epoch).collect();
         let losses = vec![Loss { sum: claim.group as f64, weight: 10.0, rows: 10 }];
-        let verdict = self.coordinator.finish(time, id, (claim.group, claim.attempt), &epochs, losses);
+        let (group, effort) = ((claim.group, claim.attempt), Effort::default());
+        let verdict = self.coordinator.finish(time, id, group, &epochs, losses, effort);
         let worker = &mut self.workers[index];
         match verdict {
             Some(Verdict::Again) => worker.acknowledged.clear(),

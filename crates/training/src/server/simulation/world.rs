@@ -170,6 +170,7 @@ impl World {
             let spread = clocks.iter().max().unwrap_or(&0) - clocks.iter().min().unwrap_or(&0);
             assert!(spread <= staleness, "seed {}: {spread} apart", self.seed);
             self.largest_spread = self.largest_spread.max(spread);
+            assert!(self.coordinator.progress().spread() <= staleness, "seed {}", self.seed);
         }
         assert_eq!(self.coordinator.failed(), None, "seed {}", self.seed);
         let events = self.coordinator.events();

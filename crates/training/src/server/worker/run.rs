@@ -18,7 +18,7 @@ use crate::server::client::{Office, unexpected};
 use crate::server::op::{Outcome, Push, Terms};
 use crate::server::progress::{Claim, Grant, Verdict, WorkerId};
 use crate::server::spec::{Mode, Spec};
-use crate::server::wire::{Ask, Told};
+use crate::server::wire::{Ask, Effort, Told};
 
 pub(super) struct Run<'r> {
     id: WorkerId,
@@ -34,6 +34,16 @@ pub(super) struct Run<'r> {
 
 /// A group's pushes.
 type Pushes = BTreeMap<usize, (Push, Arc<Numbers>)>;
+
+/// A group that is computed.
+struct Computed {
+    pushes: Pushes,
+    losses: Vec<Loss>,
+    /// The mean gradient's length, where pushes move the weights at once.
+    norm: f64,
+    /// When the first push went on its way, where that was while backward went on.
+    first: Option<Instant>,
+}
 
 impl<'r> Run<'r> {
     pub(super) fn new(
@@ -78,8 +88,10 @@ impl<'r> Run<'r> {
         self.worked.waited_s += began.elapsed().as_secs_f64();
         let began = Instant::now();
         let exact = self.spec.exact();
-        let (pushes, losses) = if exact { self.exact(claim)? } else { self.plain(claim)? };
+        let Computed { pushes, losses, norm, first } =
+            if exact { self.exact(claim)? } else { self.plain(claim)? };
         self.worked.computed_s += began.elapsed().as_secs_f64();
+        let computed_us = began.elapsed().as_micros() as u64;
         let began = Instant::now();
         // Those of an exact group are on their way already.
         let mut waiting: usize = if exact { pushes.len() } else { self.send(&pushes) };
@@ -94,7 +106,7 @@ impl<'r> Run<'r> {
                         *slot = epoch.min(*slot);
                         given_up |= matches!(outcome, Outcome::Refused(_));
                         if let Outcome::Refused(reason) = outcome {
-                            tracing::warn!(
+                            tracing::info!(
                                 worker = self.id,
                                 bucket,
                                 group = claim.group,
@@ -111,7 +123,13 @@ impl<'r> Run<'r> {
             }
             let losses = losses.iter().map(|&loss| loss.into()).collect();
             let (worker, group, attempt) = (self.id, claim.group, claim.attempt);
-            match self.office.ask(&Ask::Finish { worker, group, attempt, epochs, losses })? {
+            let effort = Effort {
+                computed_us,
+                carried_us: first.unwrap_or(began).elapsed().as_micros() as u64,
+                exposed_us: began.elapsed().as_micros() as u64,
+                norm: norm.into(),
+            };
+            match self.office.ask(&Ask::Finish { worker, group, attempt, epochs, losses, effort })? {
                 Told::Verdict(Verdict::Again) => {
                     // A shard failed over meanwhile. Its new primary says what it has, then takes what it lacks.
                     std::thread::sleep(Duration::from_millis(5));
@@ -182,7 +200,7 @@ impl<'r> Run<'r> {
     }
 
     /// Exact sums, each bucket on its way as soon as the last micro-batch has completed it.
-    fn exact(&mut self, claim: &Claim) -> Result<(Pushes, Vec<Loss>), Error> {
+    fn exact(&mut self, claim: &Claim) -> Result<Computed, Error> {
         let buckets = self.spec.buckets.len();
         let mut sums: Vec<Vec<i64>> = Vec::with_capacity(buckets);
         for (slot, bucket) in self.sums.iter_mut().zip(&self.spec.buckets) {
@@ -192,6 +210,7 @@ impl<'r> Run<'r> {
             sums.push(sum);
         }
         let (mut largest, mut losses, mut pushes) = (vec![0u32; buckets], Vec::new(), Pushes::new());
+        let mut first = None;
         let range = self.micro_batches(claim);
         for micro_batch in range.clone() {
             let last = micro_batch + 1 == range.end;
@@ -202,6 +221,7 @@ impl<'r> Run<'r> {
                 largest[bucket] = largest[bucket].max(most.to_bits());
                 clear(pool, values);
                 if last {
+                    first.get_or_insert_with(Instant::now);
                     let terms = Terms::Sums { exponent, largest: largest[bucket] };
                     let push = Push { worker: id, group: claim.group, attempt: claim.attempt, bucket, terms };
                     let numbers = Arc::new(Numbers::Sums(std::mem::take(&mut sums[bucket])));
@@ -222,11 +242,12 @@ impl<'r> Run<'r> {
             pushes.insert(bucket, (push, Arc::clone(&numbers)));
             self.carriers.give(bucket, Task::Push { push, numbers });
         }
-        Ok((pushes, losses))
+        // The coordinator has the step's norm from the shards.
+        Ok(Computed { pushes, losses, norm: 0.0, first })
     }
 
     /// The group's mean gradient. Where pushes move the weights at once, each is clipped by itself.
-    fn plain(&mut self, claim: &Claim) -> Result<(Pushes, Vec<Loss>), Error> {
+    fn plain(&mut self, claim: &Claim) -> Result<Computed, Error> {
         let (mut all, mut losses) = (Loss::default(), Vec::new());
         for micro_batch in self.micro_batches(claim) {
             let loss = self.compute.accumulate(micro_batch, &mut |_, _, _| ())?;
@@ -251,6 +272,6 @@ impl<'r> Run<'r> {
         let pushes = pushes.map(|(bucket, numbers)| {
             (bucket, (self.push(claim, bucket, Terms::Gradient { scale }), numbers))
         });
-        Ok((pushes.collect(), losses))
+        Ok(Computed { pushes: pushes.collect(), losses, norm, first: None })
     }
 }
