@@ -32,6 +32,11 @@ const TICK: Duration = Duration::from_millis(50);
 /// How often it says who waits for whom.
 const VIEW: Duration = Duration::from_millis(250);
 
+/// `1 group`, `2 groups`.
+fn plural(n: u64, what: &str) -> String {
+    format!("{n} {what}{}", if n == 1 { "" } else { "s" })
+}
+
 /// Leads a job to its end. `listening` gets the port.
 pub(super) fn lead(
     meeting: &Meeting,
@@ -298,9 +303,10 @@ impl Leading<'_> {
             }
             Happened::LostPushes { pushes, groups } => {
                 self.lost += pushes;
+                let (were, whose) =
+                    (if pushes == 1 { "push was" } else { "pushes were" }, plural(groups, "group"));
                 self.note(format!(
-                    "{pushes} acknowledged pushes were lost with a server; the micro-batches of {groups} groups are \
-                     computed again"
+                    "{pushes} acknowledged {were} lost with a server; {whose} of micro-batches computed again"
                 ));
             }
             // A step that is done again on other grids is no news; the loop ends with a failure.
@@ -326,7 +332,11 @@ impl Leading<'_> {
                     // The beginning: said once, of all.
                     true if self.protected.len() == shards => {
                         let servers = self.servers.count;
-                        self.note(format!("{shards} shards on {servers} servers, each with a backup"));
+                        self.note(format!(
+                            "{} on {}, each with a backup",
+                            plural(shards as u64, "shard"),
+                            plural(servers as u64, "server")
+                        ));
                     }
                     true => {}
                     false => self.note(format!("shard {shard} has a backup again: {}", name(backup))),
