@@ -12,7 +12,7 @@ use consort_model::arch::Span;
 use consort_model::formats::gguf::Gguf;
 use consort_model::{Batch, Error, Model, Opened, Scratch, open};
 use consort_tensor::kv::{BLOCK_TOKENS, BlockId, KvCache};
-use consort_tensor::{Cpu, Family, Pool};
+use consort_tensor::{Cpu, DType, Family, Pool};
 use gguf_writer::{Random, Shape, llama};
 
 /// One sequence of a schedule: its tokens, its blocks, and what has come out so far.
@@ -141,9 +141,9 @@ fn int8_products() {
             bytes.extend(half::f16::from_f32(1.0 / 256.0).to_le_bytes());
             bytes.extend((0..32).map(|_| random.bits() as u8));
         }
-        w.tensor(name, 8, &[rows, cols], bytes);
+        w.tensor(name, DType::Q8_0, &[rows, cols], bytes);
     });
-    let bytes = writer.finish().0;
+    let bytes = writer.finish();
     check("q8_0", |pool| {
         let gguf = Gguf::from_bytes(Path::new("test.gguf"), bytes.clone()).unwrap();
         Opened::from_gguf(gguf).unwrap().load(pool).unwrap()

@@ -11,7 +11,7 @@ mod config;
 mod cursor;
 mod metadata;
 mod tensors;
-pub(crate) mod write;
+pub mod write;
 
 use std::path::{Path, PathBuf};
 

@@ -13,29 +13,41 @@ const VERSION: u32 = 3;
 
 /// A value of the metadata.
 #[derive(Clone, Debug, PartialEq)]
-pub(crate) enum Value {
+pub enum Value {
+    /// A whole number.
     U32(u32),
+    /// A number.
     F32(f32),
+    /// Yes or no.
     Bool(bool),
+    /// Text.
     Text(String),
+    /// An array of texts.
     Texts(Vec<String>),
+    /// An array of whole numbers.
     I32s(Vec<i32>),
 }
 
 /// A tensor to write.
 #[derive(Clone, Debug, PartialEq)]
-pub(crate) struct Tensor {
-    pub(crate) name: String,
+pub struct Tensor {
+    /// Its name.
+    pub name: String,
     /// Outermost first.
-    pub(crate) shape: Vec<usize>,
-    pub(crate) dtype: DType,
+    pub shape: Vec<usize>,
+    /// How values are stored; a row is a whole number of its blocks.
+    pub dtype: DType,
 }
 
-/// Writes a file. `bytes(i)` gives tensor `i`'s, as many as its type and shape have.
+/// Writes a file. `bytes(i)` gives tensor `i`'s, as many as its type and shape have. Names are written as they come: a
+/// reader refuses one that comes twice.
+///
+/// # Errors
+/// What `out` says.
 ///
 /// # Panics
 /// If a tensor has another number of bytes.
-pub(crate) fn write(
+pub fn write(
     out: &mut impl Write,
     metadata: &[(String, Value)],
     tensors: &[Tensor],
