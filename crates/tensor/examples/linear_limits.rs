@@ -18,7 +18,8 @@ use std::time::{Duration, Instant};
 use consort_tensor::activation::Activation;
 use consort_tensor::linear::{Inputs, Product, gated, linear};
 use consort_tensor::matrix::{GatedMatrix, InputKind, Matrix};
-use consort_tensor::{Cpu, DType, Family, Pool};
+use consort_tensor::train::Precision;
+use consort_tensor::{Cpu, DType, Family, Pool, limits};
 
 const LAYERS: usize = 30;
 const WIDTH: usize = 576;
@@ -63,9 +64,13 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         Err(_) => Cpu::detect(),
     };
     let pool = Pool::new(threads, cpu);
-    let read = read_bandwidth(&pool);
+    let read = limits::read_bandwidth(&pool)? / 1e9;
     println!("{} kernels, {threads} threads; memory read {read:.1} GB/s", pool.cpu().family().name());
-    let peaks = peaks(&pool);
+    let peaks = [
+        int8_peak(&pool),
+        limits::peak(&pool, Precision::Bf16) / 1e9,
+        limits::peak(&pool, Precision::F32) / 1e9,
+    ];
     println!("peak Gop/s: int8 {:.0}, bf16 {:.0}, f32 {:.0}", peaks[0], peaks[1], peaks[2]);
     println!(
         "{:6} {:>5} {:>9} {:>7} {:>6} {:>8} {:>6}",
@@ -241,52 +246,17 @@ fn now(pool: &Pool) -> f64 {
     START.get_or_init(Instant::now).elapsed().as_secs_f64()
 }
 
-/// GB/s that all threads together read from memory.
-fn read_bandwidth(pool: &Pool) -> f64 {
-    let Ok(memory) = consort_tensor::buffer::Buffer::<u64>::zeroed(32 << 20) else { return f64::NAN };
-    let mut memory = memory;
-    memory.fill(1);
-    let pass = || {
-        pool.run(|worker| {
-            let share = &memory[worker.split(memory.len(), 64)];
-            // Several streams a thread, as adding up from one alone leaves bandwidth unused.
-            let quarter = share.len() / 4 / 8 * 8;
-            let mut sums = [0u64; 32];
-            for at in (0..quarter).step_by(8) {
-                for stream in 0..4 {
-                    for (sum, x) in
-                        sums[stream * 8..][..8].iter_mut().zip(&share[stream * quarter + at..][..8])
-                    {
-                        *sum += x;
-                    }
-                }
-            }
-            black_box(sums);
-        });
-    };
-    (memory.len() * 8) as f64 / time(pool, pass).0 / 1e9
-}
-
-/// Gop/s of all threads for int8, bf16 and f32 products from registers; a multiply and an add are two.
-fn peaks(pool: &Pool) -> [f64; 3] {
+/// Gop/s of all threads for int8 products from registers; a multiply and an add are two.
+fn int8_peak(pool: &Pool) -> f64 {
     #[cfg(target_arch = "x86_64")]
     if pool.cpu().family() == Family::Avx512 {
         const ROUNDS: usize = 200_000;
-        let rate = |lane_operations: usize, kernel: &(dyn Fn() + Sync)| {
-            let (seconds, _) = time(pool, || pool.run(|_| kernel()));
-            (pool.threads() * ROUNDS * registers::CHAINS * lane_operations) as f64 / seconds / 1e9
-        };
-        return [
-            // SAFETY: the family is AVX-512.
-            rate(128, &|| unsafe { registers::int8(ROUNDS) }),
-            // SAFETY: as above.
-            rate(64, &|| unsafe { registers::bf16(ROUNDS) }),
-            // SAFETY: as above.
-            rate(32, &|| unsafe { registers::f32(ROUNDS) }),
-        ];
+        // SAFETY: the family is AVX-512.
+        let (seconds, _) = time(pool, || pool.run(|_| unsafe { registers::int8(ROUNDS) }));
+        return (pool.threads() * ROUNDS * registers::CHAINS * 128) as f64 / seconds / 1e9;
     }
     let _ = pool;
-    [f64::NAN; 3]
+    f64::NAN
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -297,33 +267,15 @@ mod registers {
     /// Independent sums, enough to hide an instruction's latency.
     pub(crate) const CHAINS: usize = 16;
 
-    macro_rules! peak {
-        ($name:ident, $feature:literal, $zero:expr, $operands:expr, $step:expr) => {
-            #[target_feature(enable = $feature)]
-            pub(crate) fn $name(rounds: usize) {
-                let mut sums = [$zero; CHAINS];
-                let operand = black_box($operands);
-                for _ in 0..rounds {
-                    for sum in &mut sums {
-                        *sum = $step(*sum, operand);
-                    }
-                }
-                black_box(sums);
+    #[target_feature(enable = "avx512f,avx512vnni")]
+    pub(crate) fn int8(rounds: usize) {
+        let mut sums = [_mm512_setzero_si512(); CHAINS];
+        let x = black_box(_mm512_set1_epi8(1));
+        for _ in 0..rounds {
+            for sum in &mut sums {
+                *sum = _mm512_dpbusd_epi32(*sum, x, x);
             }
-        };
-    }
-
-    peak!(int8, "avx512f,avx512vnni", _mm512_setzero_si512(), _mm512_set1_epi8(1), |sum, x| {
-        _mm512_dpbusd_epi32(sum, x, x)
-    });
-    peak!(f32, "avx512f", _mm512_setzero_ps(), _mm512_set1_ps(1e-3), |sum, x| _mm512_fmadd_ps(x, x, sum));
-    peak!(bf16, "avx512f,avx512bf16", _mm512_setzero_ps(), halves(), |sum, x| {
-        _mm512_dpbf16_ps(sum, x, x)
-    });
-
-    #[target_feature(enable = "avx512f,avx512bf16")]
-    fn halves() -> __m512bh {
-        let half = _mm512_set1_ps(1e-3);
-        _mm512_cvtne2ps_pbh(half, half)
+        }
+        black_box(sums);
     }
 }

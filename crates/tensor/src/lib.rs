@@ -15,6 +15,7 @@ pub mod buffer;
 pub mod cpu;
 pub mod dtype;
 pub mod kv;
+pub mod limits;
 pub mod linear;
 pub mod map;
 pub mod matrix;
