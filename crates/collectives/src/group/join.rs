@@ -1,5 +1,6 @@
 //! From a store's address to a group: meet, choose a transport, connect, start.
 
+use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -23,6 +24,11 @@ pub struct JoinOptions {
     pub token: Vec<u8>,
     /// The only transport to use; `None` takes shared memory where all members are on one host, else TLS.
     pub transport: Option<TransportKind>,
+    /// Where to listen for peers, over TCP or TLS; `None` takes a free port of this machine's address towards the store.
+    pub listen: Option<SocketAddr>,
+    /// The `host:port` by which peers find this member, where it isn't the one that it listens on: a port that a container
+    /// or a router passes on. With `listen`.
+    pub advertise: Option<String>,
     /// Data connections with each peer, over TCP or TLS.
     pub connections: usize,
     /// How long a call may take, from the moment when it first has to wait.
@@ -40,6 +46,8 @@ impl JoinOptions {
             store: store.into(),
             token: token.to_vec(),
             transport: None,
+            listen: None,
+            advertise: None,
             connections: 2,
             deadline: Duration::from_secs(60),
             silence: Duration::from_secs(5),
@@ -140,8 +148,12 @@ struct Meeting {
 impl Meeting {
     fn open(ticket: &Ticket) -> Result<Self, Error> {
         let fail = |e: std::io::Error| Error::system("listen for peers", &e);
-        let address = ticket.membership.local_address().map_err(fail)?;
-        let (tcp, tcp_address) = Listener::tcp((address, 0)).map_err(fail)?;
+        let address: SocketAddr = match ticket.options.listen {
+            Some(address) => address,
+            None => (ticket.membership.local_address().map_err(fail)?, 0).into(),
+        };
+        let (tcp, tcp_address) = Listener::tcp(address)
+            .map_err(|error| Error::system(format!("listen for peers on {address}"), &error))?;
         #[cfg(target_os = "linux")]
         let (local, name) = Listener::local().map(|(listener, name)| (listener, Some(name))).map_err(fail)?;
         #[cfg(not(target_os = "linux"))]
@@ -150,7 +162,7 @@ impl Meeting {
         let introduction = Introduction {
             key: key.public().to_vec(),
             host: host(),
-            tcp: tcp_address.to_string(),
+            tcp: ticket.options.advertise.clone().unwrap_or_else(|| tcp_address.to_string()),
             local: name,
             only: ticket.options.transport,
         };
