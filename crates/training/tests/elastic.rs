@@ -38,6 +38,7 @@ fn orders(store: &consort_collectives::Store, kind: TransportKind, steps: u64) -
         checkpoints: None,
         resume: false,
         namespace: None,
+        place: None,
     }
 }
 

@@ -37,6 +37,7 @@ fn a_host_whose_cable_is_cut_is_fenced_and_comes_back() {
                 checkpoints: None,
                 resume: false,
                 namespace: Some(network.space(host)),
+                place: None,
             })
         })
         .collect();

@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, clippy::print_stdout, dead_code, missing_docs, unreachable_pub)]
 
 pub mod process;
+pub mod relay;
 
 use consort_base::philox4x32;
 use consort_collectives::{JoinOptions, Store, StoreOptions, TransportKind};

@@ -2,6 +2,7 @@
 //! environment trains and prints every event as a line of JSON.
 
 use std::io::{BufRead, BufReader};
+use std::net::SocketAddr;
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
 use std::time::{Duration, Instant};
@@ -27,6 +28,8 @@ pub struct Orders {
     pub resume: bool,
     /// The network namespace that it lives in.
     pub namespace: Option<String>,
+    /// Where it listens, and where others are told to find it.
+    pub place: Option<(SocketAddr, SocketAddr)>,
 }
 
 pub fn checkpoints(location: &str) -> CheckpointConfig {
@@ -58,7 +61,9 @@ pub fn live() {
     };
     let pause = Duration::from_micros(variable("WORKER_PAUSE_US").unwrap());
     let place: Option<String> = variable("WORKER_CHECKPOINTS");
-    let membership = Membership::Group(options(&store, kind));
+    let mut options = options(&store, kind);
+    (options.listen, options.advertise) = (variable("WORKER_LISTEN"), variable("WORKER_ADVERTISE"));
+    let membership = Membership::Group(options);
     let trainer = trainer(&model(), 0.1, 1);
     let mut worker =
         Worker::new(trainer, &PATTERNS, plan, membership, place.as_deref().map(checkpoints)).unwrap();
@@ -123,6 +128,9 @@ impl Process {
         if let Some(place) = &orders.checkpoints {
             command.env("WORKER_CHECKPOINTS", place);
         }
+        if let Some((listen, advertise)) = &orders.place {
+            command.env("WORKER_LISTEN", listen.to_string()).env("WORKER_ADVERTISE", advertise.to_string());
+        }
         let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn().unwrap();
         let out = BufReader::new(child.stdout.take().unwrap());
         let (say, lines) = mpsc::channel();
@@ -165,10 +173,27 @@ impl Process {
         }
     }
 
+    /// Waits for the end, but not for longer than that.
+    pub fn end_within(&mut self, limit: Duration) -> Option<Finished> {
+        let until = Instant::now() + limit;
+        loop {
+            match self.lines.recv_timeout(until.saturating_duration_since(Instant::now())) {
+                Ok(Said::Event(event)) => self.events.push(event),
+                Ok(Said::Finished(finished)) => self.finished = Some(finished),
+                Ok(Said::Failed(reason)) => self.failed = Some(reason),
+                Ok(Said::Ended) | Err(_) => return self.finished.clone(),
+            }
+        }
+    }
+
     /// Waits for the end.
     pub fn end(&mut self) -> Option<Finished> {
         self.wait(|_| false);
         self.finished.clone()
+    }
+
+    pub fn id(&self) -> u32 {
+        self.child.id()
     }
 
     pub fn signal(&self, name: &str) {
