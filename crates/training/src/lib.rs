@@ -4,6 +4,7 @@
 //! divides by the sum of weights at the end. So how a step's sequences are cut into micro-batches doesn't change what
 //! it means, and a trainer on several machines has plain sums to reduce.
 
+pub mod bench;
 pub mod checkpoint;
 pub mod data;
 mod error;

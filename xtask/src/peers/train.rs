@@ -98,7 +98,7 @@ impl Sides {
     ) -> Result<Vec<Row>> {
         let threads = self.threads.to_string();
         let mut command = Command::new(&self.bench);
-        command.args(["--shape", shape, "--precision", precision, "--threads", &threads, "--lines", "yes"]);
+        command.args(["--shape", shape, "--precision", precision, "--threads", &threads]);
         let mut ours = Stepper::start(command)?;
         let mut theirs = Vec::new();
         for mode in MODES {

@@ -4,6 +4,7 @@ mod collectives;
 mod serve;
 mod statistics;
 mod stream;
+mod train;
 
 use anyhow::Result;
 use clap::{Args, Subcommand};
@@ -21,6 +22,8 @@ enum What {
     Serve(serve::ServeBench),
     /// All-reduce and its relatives between processes: time and bandwidth by length
     Collectives(collectives::CollectivesBench),
+    /// A training step on this machine: tokens a second, and how much of the machine that is
+    Train(train::TrainBench),
 }
 
 impl Bench {
@@ -28,6 +31,7 @@ impl Bench {
         match self.what {
             What::Serve(serve) => serve.run(),
             What::Collectives(collectives) => collectives.run(),
+            What::Train(train) => train.run(),
         }
     }
 }

@@ -20,8 +20,8 @@ use consort_tensor::activation::Activation;
 use serde::{Deserialize, Serialize};
 
 use crate::data::{BadLines, TextDocuments};
-use crate::parallel::{Outer, Wire};
-use crate::{Decay, OptimizerConfig, Schedule};
+use crate::parallel::{self, Outer, Wire};
+use crate::{Decay, OptimizerConfig, Options, Schedule, TrainerConfig};
 
 pub use file::read;
 pub use plan::{Machine, Part, Plan, Process, Refusal, in_count, plan};
@@ -209,6 +209,34 @@ pub enum GgufType {
 }
 
 impl Job {
+    /// How a trainer of this job trains over `steps` steps.
+    pub fn trainer(&self, steps: u64) -> TrainerConfig {
+        TrainerConfig {
+            options: Options {
+                precision: self.train.precision,
+                recompute: self.train.recompute,
+                dropout: self.train.dropout,
+                seed: self.seed,
+            },
+            optimizer: self.optimizer,
+            schedule: self.schedule.over(steps),
+            clip_norm: self.train.clip,
+        }
+    }
+
+    /// What workers of this job compute in `steps` steps, with its checkpoints.
+    pub fn plan(&self, steps: u64) -> parallel::Plan {
+        let train = &self.train;
+        parallel::Plan {
+            exact: train.exact,
+            wire: train.wire,
+            algorithm: train.algorithm,
+            outer: train.outer,
+            checkpoint_every: Some(self.checkpoints.every),
+            ..parallel::Plan::new(self.seed, steps, train.batch / train.micro_batch, train.micro_batch)
+        }
+    }
+
     /// Where checkpoints go.
     pub fn checkpoint_location(&self) -> String {
         let own = || self.out.join("checkpoints").display().to_string();
