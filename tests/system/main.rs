@@ -22,5 +22,8 @@ mod served;
 mod signals;
 mod steady;
 mod train;
+mod train_disk;
+mod train_metrics;
+mod train_starters;
 mod up;
 mod watching;

@@ -66,14 +66,29 @@ impl Place {
         self.folder.path().join("out")
     }
 
+    /// The same job in another folder.
+    pub(crate) fn again(mut self) -> Place {
+        let folder = tempfile::tempdir().unwrap();
+        let job = fs::read_to_string(self.job()).unwrap();
+        let (before, after) = (self.folder.path().to_str().unwrap(), folder.path().to_str().unwrap());
+        fs::write(folder.path().join("job.toml"), job.replace(before, after)).unwrap();
+        self.folder = folder;
+        self
+    }
+
     /// `consort train` with these arguments behind the job.
     pub(crate) fn train(&self, arguments: &[&str]) -> Training {
+        self.train_with(arguments, &[])
+    }
+
+    /// The same with variables.
+    pub(crate) fn train_with(&self, arguments: &[&str], variables: &[(&str, &str)]) -> Training {
         let mut command = consort();
-        command.arg("train").arg(self.job()).args(arguments);
+        command.arg("train").arg(self.job()).args(arguments).envs(variables.iter().copied());
         Training::start(command)
     }
 
-    /// The hash of the weights after `steps` steps on one worker; counted once for each number of steps.
+    /// The records of `metrics.jsonl`.
     pub(crate) fn metrics(&self) -> Vec<Value> {
         let text = fs::read_to_string(self.out().join("metrics.jsonl")).unwrap_or_default();
         text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect()
@@ -88,7 +103,14 @@ impl Place {
 
 pub(crate) fn consort() -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_consort"));
-    for name in ["RANK", "WORLD_SIZE", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "CONSORT_TRAIN_TOKEN"] {
+    for name in [
+        "RANK",
+        "WORLD_SIZE",
+        "SLURM_PROCID",
+        "OMPI_COMM_WORLD_RANK",
+        "CONSORT_TRAIN_TOKEN",
+        "CONSORT_API_KEY",
+    ] {
         command.env_remove(name);
     }
     command.stdin(Stdio::null());
@@ -111,8 +133,17 @@ pub(crate) struct Training {
     heard: Vec<String>,
 }
 
+impl Drop for Training {
+    /// A test that failed leaves nobody behind: workers end with their launcher.
+    fn drop(&mut self) {
+        // It may have ended by itself.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
 impl Training {
-    fn start(mut command: Command) -> Training {
+    pub(crate) fn start(mut command: Command) -> Training {
         let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
         let (sender, lines) = mpsc::channel();
         let errors = child.stderr.take().unwrap();
@@ -151,6 +182,11 @@ impl Training {
     pub(crate) fn process(&mut self, place: &str) -> i32 {
         let line = self.hear(&format!("{place} is process "));
         line.rsplit(' ').next().unwrap().parse().unwrap()
+    }
+
+    /// The launcher's process.
+    pub(crate) fn id(&self) -> u32 {
+        self.child.id()
     }
 
     pub(crate) fn signal(&self, signal: rustix::process::Signal) {
@@ -280,16 +316,25 @@ fn workers_that_are_killed_change_no_bit() {
 fn a_job_that_is_stopped_goes_on_with_another_number_of_workers() {
     let expected = expected();
     let place = Place::new(STEPS);
-    let training = place.train(&["--workers", "2"]);
+    let training = place.train(&["--restart", "--workers", "2", "--threads", "2"]);
     place.wait_for_step(7);
     training.signal(rustix::process::Signal::INT);
     let stopped = training.end();
     assert!(stopped.status.success(), "{}", stopped.errors);
-    assert!(
-        stopped.said.starts_with("stopped behind step ") && stopped.said.contains("--resume"),
-        "{}",
-        stopped.said
-    );
+    assert!(stopped.said.starts_with("stopped behind step "), "{}", stopped.said);
+    // What it says to type goes on with every option that was given, and says the same again when it is stopped again.
+    let line = stopped.said.trim_end().rsplit("go on with: ").next().unwrap().to_owned();
+    let job = place.job().display().to_string();
+    assert_eq!(line, format!("consort train {job} --workers 2 --threads 2 --resume"));
+    let mut command = consort();
+    command.args(line.split(' ').skip(1));
+    let taken = place.metrics().iter().filter(|r| r["kind"] == "step").count() as u64;
+    let training = Training::start(command);
+    place.wait_for_step(taken + 2);
+    training.signal(rustix::process::Signal::INT);
+    let stopped = training.end();
+    assert!(stopped.errors.contains("going on behind step "), "{}", stopped.errors);
+    assert!(stopped.said.trim_end().ends_with(&line), "{}", stopped.said);
     let resumed = place.train(&["--json", "--resume", "--workers", "4"]).end();
     assert!(resumed.errors.contains("going on behind step "), "{}", resumed.errors);
     assert_eq!(resumed.weights(), expected, "{}", resumed.errors);
@@ -383,9 +428,12 @@ fn a_place_that_takes_no_checkpoint_costs_no_step() {
     let place = Place::with(12, |job| {
         job.replace("every = 5", &format!("every = 5\nlocation = \"{}\"", blocked.path().display()))
     });
-    let ended = place.train(&[]).end();
+    let mut training = place.train(&[]);
+    training.hear("step 5 was not written, the job goes on: ");
+    training.hear("the last checkpoint, of step 12, can't be written: ");
+    training.signal(rustix::process::Signal::INT);
+    let ended = training.end();
     assert_eq!(ended.status.code(), Some(1));
-    assert!(ended.errors.contains("step 5 was not written, the job goes on: "), "{}", ended.errors);
     assert!(ended.errors.contains("so there is no model to save; mend that place"), "{}", ended.errors);
     assert_eq!(place.metrics().iter().filter(|r| r["kind"] == "step").count(), 12);
 }

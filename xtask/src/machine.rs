@@ -1,4 +1,4 @@
-//! What the tests need beside Rust: a browser and a Python with the OpenAI client in it.
+//! What the tests need beside Rust: a browser, a Python with the OpenAI client in it, and Open MPI's mpirun.
 //!
 //! System packages are installed only where a program is missing, with apt, through sudo where we are not root.
 //! Python packages live in a virtual environment under the target folder, pinned, so nothing of the user's changes.
@@ -32,6 +32,9 @@ pub(crate) fn prepare(root: &Path) -> Result<Machine> {
     }
     if chromium().is_none() {
         missing.extend(["chromium", "fonts-dejavu-core"]);
+    }
+    if find("mpirun").is_none() {
+        missing.push("openmpi-bin");
     }
     install(&missing, &work)?;
     let chromium = chromium().context("chromium is installed but not on the PATH")?;

@@ -18,7 +18,7 @@ use crate::machine::{self, Machine};
 /// One part of the test run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Stage {
-    /// Installs what the machine lacks: a browser, a Python with the OpenAI client.
+    /// Installs what the machine lacks: a browser, a Python with the OpenAI client, mpirun.
     Machine,
     /// rustfmt finds nothing to change.
     Format,

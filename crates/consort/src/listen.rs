@@ -6,6 +6,7 @@ use std::net::{IpAddr, SocketAddr, TcpListener};
 
 use anyhow::{Context, Result, bail};
 use clap::Args;
+use consort_edge::is_loopback;
 
 use crate::cli::UsageError;
 
@@ -80,7 +81,7 @@ impl Listen {
     /// Binds. A port that was asked for is taken or refused; the default gives way to the next free one.
     pub(crate) fn bind(&self) -> Result<Bound> {
         let host = self.address()?;
-        let key = self.key(host)?;
+        let key = key(self.api_key.as_deref(), host)?;
         let wanted = self.port.unwrap_or(DEFAULT_PORT);
         let last = if self.port.is_some() { wanted } else { wanted + PORTS_TRIED };
         for port in wanted..=last {
@@ -122,23 +123,25 @@ impl Listen {
             .into()
         })
     }
+}
 
-    fn key(&self, host: IpAddr) -> Result<Option<Key>> {
-        let given = match &self.api_key {
-            Some(secret) => Some((secret.clone(), Origin::Argument)),
-            None => crate::environment::api_key().map(|secret| (secret, Origin::Environment)),
-        };
-        match given {
-            Some((secret, _)) if secret.len() < 8 || !secret.bytes().all(|b| b.is_ascii_graphic()) => {
-                Err(UsageError(
-                    "the API key must have at least 8 characters, all printable ASCII and no spaces".into(),
-                )
-                .into())
-            }
-            Some((secret, origin)) => Ok(Some(Key { secret, origin })),
-            None if host.is_loopback() => Ok(None),
-            None => Ok(Some(Key { secret: mint()?, origin: Origin::Minted })),
+/// The key that requests to a listener on `host` must bear: the one that was given, or `CONSORT_API_KEY`; beyond loopback
+/// one is made where there is none.
+pub(crate) fn key(given: Option<&str>, host: IpAddr) -> Result<Option<Key>> {
+    let given = match given {
+        Some(secret) => Some((secret.to_owned(), Origin::Argument)),
+        None => crate::environment::api_key().map(|secret| (secret, Origin::Environment)),
+    };
+    match given {
+        Some((secret, _)) if secret.len() < 8 || !secret.bytes().all(|b| b.is_ascii_graphic()) => {
+            Err(UsageError(
+                "the API key must have at least 8 characters, all printable ASCII and no spaces".into(),
+            )
+            .into())
         }
+        Some((secret, origin)) => Ok(Some(Key { secret, origin })),
+        None if is_loopback(host) => Ok(None),
+        None => Ok(Some(Key { secret: mint()?, origin: Origin::Minted })),
     }
 }
 

@@ -4,6 +4,7 @@
 //! whoever of them died last, the result is whole. Its weights must have the hash that the workers ended with.
 
 use std::fs;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use consort_inference::EngineOptions;
@@ -11,11 +12,12 @@ use consort_tensor::buffer::Buffer;
 use consort_tensor::{Cpu, Pool};
 use consort_training::checkpoint;
 use consort_training::job::{Job, ModelSource, Plan, in_count};
-use consort_training::parallel::{Finished, Reason, weights_hash};
+use consort_training::parallel::{Finished, HOLD, Reason, weights_hash};
 use consort_training::report::{Page, Sample, html};
 use consort_training::{Layout, Optimizer, save};
 use serde_json::json;
 
+use super::again::quoted;
 use super::metrics::Metrics;
 use super::prepare::{self, Begun, Prepared};
 use super::show::{Show, duration};
@@ -24,6 +26,10 @@ use crate::cli::run::session::{Limits, Session};
 use crate::terminal::{line, note, said};
 use crate::{environment, loading};
 
+/// How often another process's checkpoint is looked for, in the end.
+const LOOK: Duration = Duration::from_secs(1);
+/// How long it may take, beside the time for which its weights are kept.
+const PATIENCE: Duration = Duration::from_secs(180);
 /// Tokens of a sample in the report.
 const SAMPLE_TOKENS: usize = 120;
 
@@ -39,14 +45,29 @@ pub(crate) struct Ended<'a> {
     pub(crate) failed: Option<String>,
     /// The user asked for the end.
     pub(crate) stopped: bool,
+    /// Another worker than this launcher's may be writing the last checkpoint.
+    pub(crate) elsewhere: bool,
+    /// The command that goes on with the job.
+    pub(crate) again: String,
     pub(crate) json: bool,
 }
 
 /// Ends a job.
 pub(crate) fn finish(ended: Ended<'_>) -> Result<()> {
-    let Ended { source, plan, prepared, mut metrics, show, finished, failed, stopped, json } = ended;
+    let Ended {
+        source,
+        plan,
+        prepared,
+        mut metrics,
+        show,
+        finished,
+        failed,
+        stopped,
+        elsewhere,
+        again: resume,
+        json,
+    } = ended;
     let job = &source.job;
-    let resume = format!("consort train {} --resume", quoted(&source.path.display().to_string()));
     let newest = checkpoint::steps(&job.checkpoint_location(), &environment::s3_options())
         .ok()
         .and_then(|steps| steps.last().copied());
@@ -81,7 +102,10 @@ pub(crate) fn finish(ended: Ended<'_>) -> Result<()> {
         line(format_args!("stopped behind step {} of {}; go on with: {resume}", finished.steps, plan.steps))?;
         return Ok(());
     }
-    model(job, &begun, prepared, &finished)?;
+    if elsewhere {
+        wait(job, finished.steps, &show);
+    }
+    model(job, &begun, prepared, &finished, &resume)?;
     if let Some(kind) = job.gguf {
         let path = job.out.join("model.gguf");
         super::export::export(&job.out, &path, kind)?;
@@ -128,8 +152,26 @@ pub(crate) fn finish(ended: Ended<'_>) -> Result<()> {
     Ok(())
 }
 
+/// Waits for the checkpoint that another process's worker completes, for as long as that one tries.
+fn wait(job: &Job, step: u64, show: &Show) {
+    let (location, options) = (job.checkpoint_location(), environment::s3_options());
+    let (begun, mut said) = (Instant::now(), false);
+    while begun.elapsed() < HOLD + PATIENCE {
+        let newest = checkpoint::steps(&location, &options).ok().and_then(|steps| steps.last().copied());
+        if newest.is_some_and(|newest| newest >= step) {
+            return;
+        }
+        if !said && begun.elapsed() > LOOK {
+            said = true;
+            show.say(&format!("waiting for the checkpoint of step {step}, which another process completes"));
+        }
+        // Nobody tells of a file that another machine writes.
+        std::thread::sleep(LOOK.min(Duration::from_millis(100) + begun.elapsed()));
+    }
+}
+
 /// Writes the model of the last checkpoint as a Hugging Face folder.
-fn model(job: &Job, begun: &Begun, prepared: &Prepared, finished: &Finished) -> Result<()> {
+fn model(job: &Job, begun: &Begun, prepared: &Prepared, finished: &Finished, resume: &str) -> Result<()> {
     let layout = Layout::new(&begun.config)?;
     let mut weights: Buffer<f32> = Buffer::zeroed(layout.len())?;
     let mut optimizer = Optimizer::new(job.optimizer, &layout)?;
@@ -143,7 +185,7 @@ fn model(job: &Job, begun: &Begun, prepared: &Prepared, finished: &Finished) -> 
             step.map_or("there is none".to_owned(), |step| format!("the newest good one is of step {step}"));
         bail!(
             "the last checkpoint, of step {}, was not written to {location} ({has}), so there is no model to save; mend \
-             that place and take the missing steps again with --resume",
+             that place and take the missing steps again with: {resume}",
             finished.steps
         );
     }
@@ -156,12 +198,21 @@ fn model(job: &Job, begun: &Begun, prepared: &Prepared, finished: &Finished) -> 
         );
     }
     let out = &job.out;
-    for (name, content) in prepare::tokenizer_files(begun, prepared)? {
-        let path = out.join(&name);
-        fs::write(&path, content).with_context(|| format!("can't write {}", path.display()))?;
-    }
-    save(out, &begun.config, &layout, &weights, job.save, None)?;
-    Ok(())
+    let written = (|| {
+        for (name, content) in prepare::tokenizer_files(begun, prepared)? {
+            let path = out.join(&name);
+            fs::write(&path, content).with_context(|| format!("can't write {}", path.display()))?;
+        }
+        anyhow::Ok(save(out, &begun.config, &layout, &weights, job.save, None)?)
+    })();
+    written.with_context(|| {
+        format!(
+            "the model can't be saved in {}. Nothing is lost: its weights are in the checkpoint of step {} at {location}; \
+             mend that folder and go on with: {resume}",
+            out.display(),
+            finished.steps
+        )
+    })
 }
 
 /// What the model writes.
@@ -261,29 +312,4 @@ fn names(job: &Job) -> String {
 fn command(job: &Job) -> String {
     let prompt = job.prompts.first().map(|prompt| format!(" {}", quoted(prompt))).unwrap_or_default();
     format!("consort run {}{prompt}", quoted(&job.out.display().to_string()))
-}
-
-/// As a shell takes it.
-fn quoted(text: &str) -> String {
-    let plain = |c: char| c.is_ascii_alphanumeric() || "/._-+:".contains(c);
-    if !text.is_empty() && text.chars().all(plain) {
-        return text.to_owned();
-    }
-    match text.contains(['"', '$', '`', '\\', '!']) {
-        false => format!("\"{text}\""),
-        true => format!("'{}'", text.replace('\'', "'\\''")),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn commands_can_be_pasted() {
-        assert_eq!(quoted("out/tiny-1.2"), "out/tiny-1.2");
-        assert_eq!(quoted("Once upon a time"), "\"Once upon a time\"");
-        assert_eq!(quoted("it's $5"), "'it'\\''s $5'");
-        assert_eq!(quoted(""), "\"\"");
-    }
 }

@@ -15,8 +15,9 @@ use consort_training::job::{Machine, Plan, plan};
 use consort_training::parallel::{Event, Finished, HOST_SETTLE, HOST_SILENCE, Reason};
 use consort_training::report::What;
 
+use super::endpoint::Endpoint;
 use super::meeting::Meeting;
-use super::metrics::{Endpoint, Metrics};
+use super::metrics::Metrics;
 use super::prepare::{self, Prepared};
 use super::ranks::Rank;
 use super::replace::{Decision, Replacements};
@@ -25,7 +26,7 @@ use super::served::{self, Served, Told};
 use super::show::Show;
 use super::status::{Place, Published as Status};
 use super::worker::{self, Attached, STOP};
-use super::{Source, finish, secret, work};
+use super::{Source, again, finish, holding, secret, work};
 use crate::cli::UsageError;
 use crate::environment;
 use crate::terminal::note;
@@ -215,7 +216,7 @@ impl<'a> Launcher<'a> {
         let meeting = meeting.publish(&work(job).join(meeting_name(rank)))?;
         let endpoint = wishes.metrics.map(Endpoint::listen).transpose()?;
         if let Some(endpoint) = &endpoint {
-            show.say(&format!("Prometheus metrics at http://{}/metrics", endpoint.address()));
+            show.say(&endpoint.about());
         }
         let stop = news.clone();
         on_signal(move || {
@@ -243,6 +244,7 @@ impl<'a> Launcher<'a> {
             step: 0,
             finished: None,
             failed: None,
+            held: holding::Teller::default(),
             metrics,
             show,
             status: Status::new(job, endpoint),
@@ -254,7 +256,7 @@ impl<'a> Launcher<'a> {
         }
         let result = watch.watch(&inbox);
         // With their input the workers' launcher ends for those that are left: they stop with a checkpoint.
-        let Watch { metrics, mut show, finished, failed, stopping, .. } = watch;
+        let Watch { metrics, mut show, finished, failed, stopping, held, .. } = watch;
         show.clear();
         drop(store);
         drop(meeting);
@@ -268,6 +270,11 @@ impl<'a> Launcher<'a> {
             finished,
             failed,
             stopped: stopping.is_some(),
+            elsewhere: rank.is_some() && job.servers.is_none() && stopping.is_none() && !held.has_told(),
+            again: again::command(
+                std::env::args_os().skip(1).map(|word| word.to_string_lossy().into_owned()),
+                rank,
+            ),
             json: wishes.json,
         })
     }
@@ -377,6 +384,8 @@ struct Watch<'a> {
     step: u64,
     finished: Option<Finished>,
     failed: Option<String>,
+    /// Of weights that can't be written.
+    held: holding::Teller,
     metrics: Metrics,
     show: Show,
     status: Status,
@@ -459,7 +468,7 @@ impl Watch<'_> {
             let over = self.due.is_empty() && self.served.is_none();
             if over && self.workers.iter().all(|worker| worker.child.is_none()) {
                 let complete = self.finished.as_ref().is_some_and(|finished| finished.reason == Reason::Done);
-                self.status.end(self.step, complete, &self.places());
+                self.status.end(self.step, 0, complete, &self.places(), &self.metrics);
                 return Ok(());
             }
         }
@@ -499,7 +508,10 @@ impl Watch<'_> {
         }
         self.stopping = Some(Instant::now());
         self.due.clear();
-        self.show.say("stopping behind this step, with a checkpoint (Ctrl-C again ends at once)");
+        self.show.say(match self.held.has_told() {
+            false => "stopping behind this step, with a checkpoint (Ctrl-C again ends at once)",
+            true => "giving up the weights that can't be written",
+        });
         self.record(What::Stopped, "the user asked for it".into());
         if let Some(served) = &self.served {
             // Its workers and servers end with it.
@@ -628,6 +640,11 @@ impl Watch<'_> {
                 self.show.step(&record);
             }
             Event::Checkpoint(event) => self.checkpoint(event),
+            Event::Holding(told) => {
+                if let Some(text) = self.held.news(&told, &self.source.job.checkpoint_location()) {
+                    self.show.say(&text);
+                }
+            }
             Event::Lost { reason, operation, .. } => {
                 tracing::debug!(%reason, %operation, "a worker left its epoch")
             }
@@ -668,7 +685,8 @@ impl Watch<'_> {
                 self.metrics.event(What::Checkpoint, text, step, self.begun.elapsed());
             }
             checkpoint::Event::Failed { step, reason } => {
-                let text = format!("step {step} was not written, the job goes on: {reason}");
+                let on = if step < self.metrics.steps() { ", the job goes on" } else { "" };
+                let text = format!("step {step} was not written{on}: {reason}");
                 self.record_once(What::CheckpointFailed, text);
             }
             checkpoint::Event::Skipped { step } => {

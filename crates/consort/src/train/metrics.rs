@@ -1,15 +1,11 @@
-//! What a job says of itself while it runs: a line for every step in `metrics.jsonl`, and, where it is asked for, an
-//! address for Prometheus.
+//! What a job says of itself while it runs: a line for every step in `metrics.jsonl`, and text as Prometheus reads it.
 
 use std::fs::{File, OpenOptions};
 use std::io::Write as _;
-use std::net::SocketAddr;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use axum::routing::get;
 use consort_training::job::{Job, Plan};
 use consort_training::parallel::StepEvent;
 use consort_training::report::{End, Event, Record, Start, Step, What};
@@ -145,6 +141,11 @@ impl Metrics {
         let last = counts.last.as_ref();
         let mut out = String::new();
         let mut metric = |name: &str, kind: &str, help: &str, value: f64| {
+            let value = match value {
+                f64::INFINITY => "+Inf".to_owned(),
+                f64::NEG_INFINITY => "-Inf".to_owned(),
+                value => value.to_string(),
+            };
             out.push_str(&format!(
                 "# HELP consort_train_{name} {help}\n# TYPE consort_train_{name} {kind}\nconsort_train_{name} {value}\n"
             ));
@@ -186,55 +187,5 @@ impl Metrics {
             metric("step_seconds", "gauge", "Time that the last step took.", last.seconds);
         }
         out
-    }
-}
-
-/// An address of this machine where Prometheus reads.
-pub(crate) struct Endpoint {
-    address: SocketAddr,
-    text: Arc<Mutex<String>>,
-}
-
-impl Endpoint {
-    /// Serves until the process ends.
-    pub(crate) fn listen(address: SocketAddr) -> Result<Endpoint> {
-        let socket = std::net::TcpListener::bind(address).with_context(|| {
-            format!("can't listen on {address} for Prometheus; --metrics with port 0 takes a free one")
-        })?;
-        socket.set_nonblocking(true)?;
-        let address = socket.local_addr()?;
-        let text = Arc::new(Mutex::new(String::new()));
-        let shown = Arc::clone(&text);
-        let page = move || {
-            let shown = Arc::clone(&shown);
-            async move {
-                let text = shown.lock().unwrap_or_else(PoisonError::into_inner).clone();
-                ([("content-type", "text/plain; version=0.0.4")], text)
-            }
-        };
-        let router = axum::Router::new().route("/metrics", get(page));
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-        let serve = move || {
-            runtime.block_on(async {
-                match tokio::net::TcpListener::from_std(socket) {
-                    Ok(listener) => {
-                        if let Err(error) = axum::serve(listener, router).await {
-                            note(&format!("no more metrics for Prometheus: {error}"));
-                        }
-                    }
-                    Err(error) => note(&format!("no metrics for Prometheus: {error}")),
-                }
-            });
-        };
-        std::thread::Builder::new().name("metrics".into()).spawn(serve).context("can't start a thread")?;
-        Ok(Endpoint { address, text })
-    }
-
-    pub(crate) fn address(&self) -> SocketAddr {
-        self.address
-    }
-
-    pub(crate) fn show(&self, text: String) {
-        *self.text.lock().unwrap_or_else(PoisonError::into_inner) = text;
     }
 }

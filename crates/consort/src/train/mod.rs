@@ -6,8 +6,11 @@
 //! then writes a checkpoint and stops. What is lost is replaced, within a budget ([`replace`]). Everything that workers say
 //! becomes metrics, a bar, and a file that `consort train status` explains ([`status`]).
 
+pub(crate) mod again;
+pub(crate) mod endpoint;
 pub(crate) mod export;
 pub(crate) mod finish;
+pub(crate) mod holding;
 pub(crate) mod launch;
 pub(crate) mod meeting;
 pub(crate) mod metrics;

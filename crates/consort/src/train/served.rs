@@ -156,7 +156,7 @@ pub(super) fn learn(
         let dataset = prepare::samples(&job, &meeting.prepared, &begun, threads, &mut |_| ())?;
         let trainer = worker::trainer(&job, &begun, meeting.steps, threads)?;
         let connect = connect(&job, meeting, format!("worker {place}"));
-        let plan = worker::plan(&job, meeting.steps);
+        let plan = job.plan(meeting.steps);
         work(&connect, &mut Learner::of_plan(trainer, &dataset, &plan))?;
         Ok(())
     };

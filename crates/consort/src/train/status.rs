@@ -16,7 +16,8 @@ use consort_training::parallel::{Activity, Status};
 use consort_training::server::View;
 use serde::{Deserialize, Serialize};
 
-use super::metrics::{Endpoint, Metrics};
+use super::endpoint::Endpoint;
+use super::metrics::Metrics;
 use super::{publish, unix_ms};
 
 /// How often the file is written.
@@ -156,7 +157,17 @@ impl Published {
         });
     }
 
-    pub(crate) fn end(&mut self, step: u64, complete: bool, places: &[Place]) {
+    pub(crate) fn end(
+        &mut self,
+        step: u64,
+        members: usize,
+        complete: bool,
+        places: &[Place],
+        metrics: &Metrics,
+    ) {
+        if let Some(endpoint) = &self.endpoint {
+            endpoint.show(metrics.prometheus(step, members));
+        }
         if let Some(last) = self.last.take() {
             self.put(Report {
                 unix_ms: unix_ms(),

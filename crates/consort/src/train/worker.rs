@@ -16,9 +16,10 @@ use consort_collectives::JoinOptions;
 use consort_tensor::{Cpu, Pool};
 use consort_training::checkpoint::CheckpointConfig;
 use consort_training::job::{Job, ModelSource};
-use consort_training::parallel::{Board, Control, Finished, Membership, Plan, Reason, Worker};
-use consort_training::{Error, Normal, Options, SavedType, Trainer, TrainerConfig, config_file};
+use consort_training::parallel::{Board, Control, Event, Finished, Membership, Reason, Worker};
+use consort_training::{Error, Normal, SavedType, Trainer, config_file};
 
+use super::holding::Teller;
 use super::meeting::Meeting;
 use super::prepare::{self, Prepared};
 use super::said::Said;
@@ -91,19 +92,25 @@ fn run(
         patience: PATIENCE,
         files,
     };
-    let plan = plan(&job, meeting.steps);
     let mut join = JoinOptions::new(&meeting.store, meeting.token.as_bytes());
     join.deadline = job.train.deadline;
     join.silence = meeting.silence;
-    let mut worker = Worker::new(trainer, &dataset, plan, Membership::Group(join), Some(checkpoints))?;
+    let mut worker =
+        Worker::new(trainer, &dataset, job.plan(meeting.steps), Membership::Group(join), Some(checkpoints))?;
     if meeting.resume
         && let Some(resumed) = worker.resume()?
     {
         say(attached, &Said::Resumed { step: resumed.step, refused: resumed.refused });
     }
     let publisher = Publisher::start(worker.board(), attached)?;
+    let (mut teller, location) = (Teller::default(), job.checkpoint_location());
     let finished = worker.run(&mut |event| {
         say(attached, &Said::Event(event.clone()));
+        if let (Attached::Alone, Event::Holding(told)) = (attached, event)
+            && let Some(text) = teller.news(told, &location)
+        {
+            note(&text);
+        }
         if stop.load(Ordering::Relaxed) { Control::Stop } else { Control::Go }
     });
     drop(publisher);
@@ -114,33 +121,10 @@ fn run(
     Ok(finished)
 }
 
-/// What the job computes.
-pub(super) fn plan(job: &Job, steps: u64) -> Plan {
-    Plan {
-        exact: job.train.exact,
-        wire: job.train.wire,
-        algorithm: job.train.algorithm,
-        outer: job.train.outer,
-        checkpoint_every: Some(job.checkpoints.every),
-        ..Plan::new(job.seed, steps, job.train.batch / job.train.micro_batch, job.train.micro_batch)
-    }
-}
-
 /// A trainer whose weights are the job's first ones.
 pub(super) fn trainer(job: &Job, begun: &prepare::Begun, steps: u64, threads: usize) -> Result<Trainer> {
-    let config = TrainerConfig {
-        options: Options {
-            precision: job.train.precision,
-            recompute: job.train.recompute,
-            dropout: job.train.dropout,
-            seed: job.seed,
-        },
-        optimizer: job.optimizer,
-        schedule: job.schedule.over(steps),
-        clip_norm: job.train.clip,
-    };
     let cpu = Cpu::detect();
-    let mut trainer = Trainer::new(Pool::new(threads, cpu), &begun.config, config)?;
+    let mut trainer = Trainer::new(Pool::new(threads, cpu), &begun.config, job.trainer(steps))?;
     let layout = trainer.decoder().layout().clone();
     match (&begun.opened, &job.model) {
         (Some(opened), ModelSource::From(_)) => opened.read_weights(&layout, trainer.weights_mut())?,

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::ops::Range;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, Receiver, Sender, SyncSender, TrySendError};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
@@ -21,7 +22,7 @@ use crate::Error;
 
 /// How long shares of a checkpoint are still waited for once the last one of a job waits for it.
 const SETTLING: Duration = Duration::from_secs(2);
-/// The same once a later one was left out for it.
+/// The same once a later one was left out for it, and for a job's last one: at least so long.
 const OVERDUE: Duration = Duration::from_secs(20);
 /// How often the first worker looks for the others' notes.
 const LOOK: Duration = Duration::from_millis(50);
@@ -76,6 +77,8 @@ pub struct Writer {
     busy: bool,
     /// When the first worker gives up a checkpoint whose shares don't come: sooner, once a newer one waits for it.
     give_up: Arc<Mutex<Option<Instant>>>,
+    /// No later checkpoint comes.
+    last: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -104,7 +107,7 @@ impl Writer {
         let (give_back, spare) = mpsc::channel();
         let (own, events) = mpsc::channel();
         let share = cut(layout.parameters(), config.worker, config.workers);
-        let give_up = Arc::new(Mutex::new(None));
+        let (give_up, last) = (Arc::new(Mutex::new(None)), Arc::new(AtomicBool::new(false)));
         let thread = Thread {
             config: config.clone(),
             store,
@@ -112,6 +115,7 @@ impl Writer {
             give_back,
             events: own.clone(),
             give_up: Arc::clone(&give_up),
+            last: Arc::clone(&last),
         };
         let thread = std::thread::Builder::new().name("checkpoint".to_owned()).spawn(move || thread.run());
         let thread = thread.map_err(|error| Error::Checkpoint(format!("no thread: {error}")))?;
@@ -126,6 +130,7 @@ impl Writer {
             own,
             busy: false,
             give_up,
+            last,
             thread,
         })
     }
@@ -227,8 +232,10 @@ impl Writer {
         self.events.try_iter()
     }
 
-    /// Waits until what was saved is written, or has failed, and returns the last events.
+    /// Waits until what was saved is written, or has failed, and returns the last events. Shares of others are waited for as
+    /// long as this worker's own took to write, and 20 s at least.
     pub fn finish(mut self) -> Vec<Event> {
+        self.last.store(true, Ordering::Relaxed);
         self.end();
         self.events.try_iter().collect()
     }
@@ -286,6 +293,7 @@ struct Thread {
     give_back: Sender<Vec<Part>>,
     events: Sender<Event>,
     give_up: Arc<Mutex<Option<Instant>>>,
+    last: Arc<AtomicBool>,
 }
 
 impl Thread {
@@ -312,6 +320,7 @@ impl Thread {
 
     fn write(&self, snapshot: &Snapshot) -> Result<u64, String> {
         let CheckpointConfig { worker, workers, .. } = self.config;
+        let begun = Instant::now();
         let folder = folder(snapshot.step);
         let mut own = Note { files: Vec::new(), tensors: snapshot.tensors.clone() };
         for part in &snapshot.parts {
@@ -322,7 +331,7 @@ impl Thread {
         let text = serde_json::to_vec(&own).map_err(|e| e.to_string())?;
         self.put(&format!("{folder}/{}", note(worker, workers)), &text)?;
         if worker == 0 {
-            self.complete(snapshot)?;
+            self.complete(snapshot, begun.elapsed())?;
         }
         Ok(bytes)
     }
@@ -335,14 +344,19 @@ impl Thread {
         format!("{}/{name}: {error}", self.config.location.trim_end_matches('/'))
     }
 
-    /// Whether a newer checkpoint has waited long enough for this one.
-    fn given_up(&self) -> bool {
-        self.give_up.lock().unwrap_or_else(PoisonError::into_inner).is_some_and(|when| Instant::now() >= when)
+    /// Whether shares have been waited for long enough, `since` this worker's own was written, which took `own`.
+    fn given_up(&self, since: Instant, own: Duration) -> bool {
+        let patience = match self.last.load(Ordering::Relaxed) {
+            true => own.max(OVERDUE).min(self.config.patience),
+            false => self.config.patience,
+        };
+        let newer = *self.give_up.lock().unwrap_or_else(PoisonError::into_inner);
+        since.elapsed() >= patience || newer.is_some_and(|when| Instant::now() >= when)
     }
 
-    /// Waits for all shares and makes a checkpoint of them.
-    fn complete(&self, snapshot: &Snapshot) -> Result<(), String> {
-        let until = Instant::now() + self.config.patience;
+    /// Waits for all shares and makes a checkpoint of them. This worker's `own` took so long.
+    fn complete(&self, snapshot: &Snapshot, own: Duration) -> Result<(), String> {
+        let written = Instant::now();
         let folder = folder(snapshot.step);
         let (mut files, mut tensors) = (Vec::new(), BTreeMap::new());
         for worker in 0..self.config.workers {
@@ -350,10 +364,10 @@ impl Thread {
             let text = loop {
                 match self.store.get(&name, MAX_MANIFEST).map_err(|error| self.said(&name, &error))? {
                     Some(text) => break text,
-                    None if Instant::now() >= until || self.given_up() => {
+                    None if self.given_up(written, own) => {
+                        let seconds = written.elapsed().as_secs_f64();
                         return Err(format!(
-                            "worker {worker} didn't write its share in {:?}",
-                            self.config.patience
+                            "worker {worker} didn't write its share within {seconds:.0} s of the first worker's"
                         ));
                     }
                     None => std::thread::sleep(LOOK),

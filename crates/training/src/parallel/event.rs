@@ -54,6 +54,24 @@ pub enum Event {
     },
     /// What became of a checkpoint.
     Checkpoint(checkpoint::Event),
+    /// The last checkpoint can't be written. The first worker keeps the weights and tries again; it says this once a second,
+    /// and a [`Control::Stop`] gives them up.
+    Holding(Holding),
+}
+
+/// Weights that are trained and not yet written.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Holding {
+    /// The step.
+    pub step: u64,
+    /// Why the last attempt failed.
+    pub reason: String,
+    /// Bytes that the whole checkpoint takes.
+    pub bytes: u64,
+    /// Until the next attempt, in milliseconds.
+    pub again_ms: u64,
+    /// Until it is given up, in milliseconds.
+    pub left_ms: u64,
 }
 
 /// A step.
@@ -146,6 +164,7 @@ mod tests {
             },
             Event::Checkpoint(checkpoint::Event::Complete { step: 1, bytes: 2, took }),
             Event::Checkpoint(checkpoint::Event::Skipped { step: 1 }),
+            Event::Holding(Holding { step: 9, reason: "full".into(), bytes: 1, again_ms: 2, left_ms: 3 }),
         ] {
             let text = serde_json::to_string(&event).unwrap();
             assert_eq!(serde_json::from_str::<Event>(&text).unwrap(), event, "{text}");

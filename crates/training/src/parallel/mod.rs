@@ -29,7 +29,8 @@
 //! - `link`: the thread that owns the group and keeps it standing while the worker computes;
 //! - `state`: who has the newest state after members changed, and how the others get it;
 //! - `step`: one step, whose `buckets` are reduced while backward goes on; `outer`: a round of local steps;
-//! - `saving`: checkpoints of members that change; [`JobRecord`]: what they say of the job;
+//! - `saving`: checkpoints of members that change; [`JobRecord`]: what they say of the job; `holding`: the last one, where its
+//!   place takes none;
 //! - `worker`: the loop over all that. [`Board`] says what a worker is doing right now.
 //!
 //! The coordinator (who is in which epoch) is [`consort_collectives::rendezvous`], a pure state machine that the store
@@ -38,6 +39,7 @@
 mod board;
 mod buckets;
 mod event;
+mod holding;
 mod link;
 mod outer;
 mod plan;
@@ -51,7 +53,8 @@ mod wire;
 mod worker;
 
 pub use board::{Activity, Board, Status, Talking};
-pub use event::{Control, Event, Span, StepEvent, seen};
+pub use event::{Control, Event, Holding, Span, StepEvent, seen};
+pub use holding::HOLD;
 pub use plan::{HOST_SETTLE, HOST_SILENCE, Outer, Plan, Wire};
 pub use record::JobRecord;
 pub use worker::{Finished, Membership, Reason, Resumed, Samples, Worker};

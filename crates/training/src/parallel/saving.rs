@@ -123,6 +123,13 @@ impl Saver {
         }
     }
 
+    /// Bytes that a whole checkpoint takes.
+    pub(super) fn bytes(&self, trainer: &Trainer) -> u64 {
+        let values = trainer.decoder().layout().parameter_count() * (1 + trainer.optimizer().state().len());
+        let small: usize = self.config.files.values().map(Vec::len).sum();
+        (4 * values + small) as u64
+    }
+
     /// What became of checkpoints since the last call.
     pub(super) fn events(&mut self) -> Vec<Event> {
         let mut events: Vec<Event> = self.events.try_iter().collect();

@@ -1,6 +1,6 @@
 //! One worker of a data-parallel job: from joining to the last step.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use consort_collectives::{Error as GroupError, JoinOptions};
 use consort_model::train::MicroBatch;
@@ -10,6 +10,7 @@ use serde_json::Value;
 
 use super::board::{Activity, Board};
 use super::event::{Control, Event, StepEvent};
+use super::holding::{Holding, Next};
 use super::link::{Link, Standing};
 use super::plan::Plan;
 use super::record::JobRecord;
@@ -23,6 +24,8 @@ use crate::{Error, Trainer};
 
 /// Epochs in a row without a step, after which a job that only falls apart is given up.
 const FRUITLESS: usize = 40;
+/// How often a worker that keeps weights says so, and hears whether it shall go on.
+const LOOK: Duration = Duration::from_secs(1);
 
 /// Where samples come from.
 pub trait Samples {
@@ -235,6 +238,7 @@ impl<'a> Worker<'a> {
             lost_at: None,
             fruitless: 0,
             saved_us: 0,
+            failed: None,
         };
         let result = run.work();
         run.board.doing(run.state.step, Activity::Ended);
@@ -262,6 +266,8 @@ struct Run<'a, 'w> {
     fruitless: usize,
     /// What the last checkpoint cost.
     saved_us: u64,
+    /// The newest checkpoint that was not written, and why.
+    failed: Option<(u64, String)>,
 }
 
 impl Run<'_, '_> {
@@ -356,9 +362,7 @@ impl Run<'_, '_> {
             }
         }
         let events = self.saver.as_mut().map(Saver::events).unwrap_or_default();
-        for event in events {
-            self.emit(&Event::Checkpoint(event));
-        }
+        self.saved(events);
         if stop && !last {
             return Ok(Some(Turn::Stop));
         }
@@ -439,7 +443,7 @@ impl Run<'_, '_> {
         self.finish(Reason::StoreGone { message })
     }
 
-    fn finish(&mut self, reason: Reason) -> Result<Finished, Error> {
+    fn finish(&mut self, ended: Reason) -> Result<Finished, Error> {
         self.board.doing(self.state.step, Activity::Saving);
         // Nobody needs this worker any more, and it needs nobody: who is lost from now on is no loss.
         self.link = None;
@@ -447,15 +451,72 @@ impl Run<'_, '_> {
             self.settle();
             self.save();
         }
-        let events = self.saver.as_mut().map(Saver::finish).unwrap_or_default();
-        for event in events {
-            self.emit(&Event::Checkpoint(event));
+        self.finish_saving();
+        if ended == Reason::Done && self.standing.rank == 0 {
+            self.hold();
         }
         let mut hasher = blake3::Hasher::new();
         state::hash(self.trainer.weights(), &mut hasher);
         let weights_hash = hasher.finalize().to_hex().to_string();
         let steps = self.state.step;
-        Ok(Finished { steps, reason, weights_hash, samples: self.plan.cursor(steps) })
+        Ok(Finished { steps, reason: ended, weights_hash, samples: self.plan.cursor(steps) })
+    }
+
+    /// Passes on what became of checkpoints.
+    fn saved(&mut self, events: Vec<checkpoint::Event>) {
+        for event in events {
+            match &event {
+                checkpoint::Event::Complete { step, .. }
+                    if self.failed.as_ref().is_some_and(|f| f.0 <= *step) =>
+                {
+                    self.failed = None;
+                }
+                checkpoint::Event::Failed { step, reason } => self.failed = Some((*step, reason.clone())),
+                _ => {}
+            }
+            self.emit(&Event::Checkpoint(event));
+        }
+    }
+
+    /// Waits until what was saved is written, or has failed.
+    fn finish_saving(&mut self) {
+        let events = self.saver.as_mut().map(Saver::finish).unwrap_or_default();
+        self.saved(events);
+    }
+
+    /// Keeps the weights and tries to write them, all of them by itself.
+    fn hold(&mut self) {
+        let (begun, mut holding) = (Instant::now(), Holding::default());
+        while let Some((step, reason)) = self.failed.clone()
+            && step == self.state.step
+            && let Next::At(when) = holding.failed(begun.elapsed())
+        {
+            loop {
+                let now = begun.elapsed();
+                let again = when.saturating_sub(now);
+                let Some(saver) = &mut self.saver else { return };
+                let told = super::event::Holding {
+                    step,
+                    reason: reason.clone(),
+                    bytes: saver.bytes(&self.trainer),
+                    again_ms: again.as_millis() as u64,
+                    left_ms: holding.left(now).as_millis() as u64,
+                };
+                self.emit(&Event::Holding(told));
+                if self.stop {
+                    return;
+                }
+                if again.is_zero() {
+                    break;
+                }
+                std::thread::sleep(again.min(LOOK));
+            }
+            if let Some(saver) = &mut self.saver {
+                saver.members(0, 1);
+            }
+            self.save();
+            self.finish_saving();
+        }
     }
 }
 

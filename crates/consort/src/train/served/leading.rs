@@ -60,7 +60,7 @@ pub(super) fn lead(
         patience: PATIENCE,
         files: worker::files(&begun, &meeting.prepared)?,
     };
-    let plan = worker::plan(&job, meeting.steps);
+    let plan = job.plan(meeting.steps);
     // A worker for itself reads the checkpoint, and knows what must be equal for it to be this job's.
     let mut alone = Worker::new(trainer, &dataset, plan, Membership::Alone, Some(checkpoints.clone()))?;
     let mut begin = Holdings::default();

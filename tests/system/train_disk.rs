@@ -1,0 +1,121 @@
+//! `consort train` on disks that are really full: a tmpfs of some megabytes. Needs root, to mount it.
+
+use std::fs;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use rustix::process::Signal;
+
+use crate::train::{Place, STEPS, expected};
+
+/// A file system of its own.
+struct Disk(tempfile::TempDir);
+
+impl Disk {
+    fn new(megabytes: u32) -> Disk {
+        let disk = Disk(tempfile::tempdir().unwrap());
+        let size = format!("size={megabytes}m");
+        let mounted =
+            Command::new("mount").args(["-t", "tmpfs", "-o", &size, "tmpfs"]).arg(disk.path()).output();
+        let mounted = mounted.expect("this test mounts a tmpfs: it needs `mount`");
+        let said = String::from_utf8_lossy(&mounted.stderr);
+        assert!(mounted.status.success(), "this test mounts a tmpfs: it needs root: {said}");
+        disk
+    }
+
+    fn path(&self) -> &Path {
+        self.0.path()
+    }
+
+    fn ballast(&self) -> PathBuf {
+        self.path().join("ballast")
+    }
+
+    /// Fills it but for so many kilobytes.
+    fn fill(&self, but: usize) {
+        let mut file = fs::File::create(self.ballast()).unwrap();
+        let block = [1; 4096];
+        let mut written = 0;
+        while file.write_all(&block).is_ok() {
+            written += block.len() as u64;
+        }
+        file.set_len(written.saturating_sub(but as u64 * 1024)).unwrap();
+    }
+
+    fn free(&self) {
+        fs::remove_file(self.ballast()).unwrap();
+    }
+}
+
+impl Drop for Disk {
+    fn drop(&mut self) {
+        // Lazily, as a process that a failed test left behind may still use it.
+        let _ = Command::new("umount").arg("-l").arg(self.path()).output();
+    }
+}
+
+/// A job whose checkpoints go to this disk, which is full.
+fn place(disk: &Disk) -> Place {
+    disk.fill(64);
+    let location = disk.path().join("checkpoints").display().to_string();
+    Place::with(STEPS, |job| job.replace("every = 5", &format!("every = 25\nlocation = \"{location}\"")))
+}
+
+#[test]
+fn weights_wait_until_a_full_disk_has_room() {
+    let expected = expected();
+    let disk = Disk::new(6);
+    let place = place(&disk);
+    let mut training = place.train(&["--json", "--workers", "2"]);
+    training.hear("step 25 was not written, the job goes on: ");
+    let line = training.hear("the last checkpoint, of step 60, can't be written: ");
+    assert!(line.contains("No space left") && line.contains(" are free there"), "{line}");
+    disk.free();
+    let ended = training.end();
+    assert_eq!(ended.weights(), expected, "{}", ended.errors);
+}
+
+#[test]
+fn weights_that_nobody_makes_room_for_are_given_up_with_a_word() {
+    let disk = Disk::new(6);
+    let place = place(&disk);
+    let mut training = place.train(&["--workers", "2"]);
+    training.hear("the last checkpoint, of step 60, can't be written: ");
+    training.signal(Signal::INT);
+    training.hear("giving up the weights that can't be written");
+    let ended = training.end();
+    assert_eq!(ended.status.code(), Some(1), "{}", ended.errors);
+    let cure = format!(
+        "take the missing steps again with: consort train {} --workers 2 --resume",
+        place.job().display()
+    );
+    assert!(ended.errors.contains(&cure), "{}", ended.errors);
+}
+
+#[test]
+fn a_model_that_finds_no_room_is_made_of_its_checkpoint_later() {
+    let expected = expected();
+    let disk = Disk::new(6);
+    let checkpoints = tempfile::tempdir().unwrap();
+    let location = format!("every = 25\nlocation = \"{}\"", checkpoints.path().join("here").display());
+    let out = disk.path().join("out");
+    let place = Place::with(STEPS, |job| {
+        let line = job.lines().find(|line| line.starts_with("out = ")).unwrap().to_owned();
+        job.replace(&line, &format!("out = \"{}\"", out.display())).replace("every = 5", &location)
+    });
+    let mut training = place.train(&[]);
+    training.hear("worker 0 is process ");
+    disk.fill(0);
+    let ended = training.end();
+    assert_eq!(ended.status.code(), Some(1), "{}", ended.errors);
+    assert!(
+        ended.errors.contains("Nothing is lost: its weights are in the checkpoint of step 60"),
+        "{}",
+        ended.errors
+    );
+    disk.free();
+    let resumed = place.train(&["--resume", "--json"]).end();
+    assert_eq!(resumed.weights(), expected, "{}", resumed.errors);
+    assert!(out.join("model.safetensors").exists());
+}
