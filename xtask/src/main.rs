@@ -15,6 +15,7 @@ mod peers;
 mod replica;
 mod stages;
 mod streams;
+mod tune;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -49,6 +50,8 @@ enum Chore {
     Balance(balance::BalanceArguments),
     /// Opens many streams at once through the gateway: memory, and time between tokens.
     Streams(streams::StreamsArguments),
+    /// Measures which algorithm of the process groups is fastest for which length, and writes the table they choose by.
+    Tune(tune::TuneArguments),
     /// Sends chat requests at a rate; a part of `peers gateway`.
     #[command(hide = true)]
     OpenLoop(peers::OpenLoop),
@@ -63,6 +66,7 @@ fn main() -> ExitCode {
         Chore::Peers(arguments) => peers::compare(&root(), &arguments),
         Chore::Balance(arguments) => balance::measure(&root(), &arguments),
         Chore::Streams(arguments) => streams::measure(&root(), &arguments),
+        Chore::Tune(arguments) => tune::tune(&root(), &arguments),
         Chore::OpenLoop(load) => load.run(),
         Chore::Overload { seconds } => overload::flood(&root(), seconds),
         Chore::Graph => graph::check(&root()).map(|floors| println!("{floors} crates stand on their floors")),

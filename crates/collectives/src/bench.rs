@@ -14,6 +14,7 @@ use crate::call::Operation;
 use crate::element::ReduceOp;
 use crate::error::Error;
 use crate::group::Group;
+use crate::schedule::Algorithm;
 
 /// The longest vector: room for two of them is taken.
 const MOST_BYTES: usize = 4 << 30;
@@ -111,6 +112,49 @@ pub fn measure(
         algorithm_gb_per_s: algorithm,
         bus_gb_per_s: algorithm * bus_factor(operation, n),
     })
+}
+
+/// What one algorithm took.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Timed {
+    /// Its name.
+    pub algorithm: String,
+    /// Microseconds of a call.
+    pub micros: f64,
+}
+
+/// What each algorithm takes for one length.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Compared {
+    /// The operation's name.
+    pub operation: String,
+    /// Bytes of the vector.
+    pub bytes: usize,
+    /// Every algorithm of the operation.
+    pub times: Vec<Timed>,
+    /// The one that a call takes when nobody names one.
+    pub chosen: String,
+}
+
+/// Measures `operation` by each of its algorithms, for about `budget` each. Afterwards none is forced.
+///
+/// # Errors
+/// As [`measure`].
+pub fn compare(
+    group: &mut Group,
+    operation: Operation,
+    bytes: usize,
+    budget: Duration,
+) -> Result<Compared, Error> {
+    let mut times = Vec::new();
+    for algorithm in Algorithm::of(operation) {
+        group.set_algorithm(Some(*algorithm));
+        let micros = measure(group, operation, bytes, budget)?.micros;
+        times.push(Timed { algorithm: algorithm.name().into(), micros });
+    }
+    group.set_algorithm(None);
+    let chosen = Algorithm::choose(operation, group.transport(), group.hosts(), bytes).name().into();
+    Ok(Compared { operation: operation.name().into(), bytes, times, chosen })
 }
 
 #[cfg(test)]

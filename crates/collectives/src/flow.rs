@@ -94,6 +94,7 @@ impl Flow<'_> {
     /// Runs `plan` over the buffers.
     pub(crate) fn run(&mut self, plan: &mut Plan, buffers: &mut Buffers<'_>) -> Result<(), Error> {
         let mut patience = Patience::default();
+        self.transport.begin(buffers.main.len());
         let result = self.turn(plan, buffers, &mut patience);
         if patience.announced {
             self.control.announce(None);

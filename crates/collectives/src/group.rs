@@ -14,7 +14,7 @@ use crate::control::Control;
 use crate::element::{DType, Element, Reduce, ReduceOp, Reducer, bytes_of, bytes_of_mut, reducer};
 use crate::error::{Error, Where};
 use crate::flow::{Buffers, Flow, fault_error};
-use crate::schedule::{self, Algorithm, Plan, Shape, Step};
+use crate::schedule::{self, Algorithm, Pace, Plan, Shape, Step};
 use crate::transport::{Transport, TransportKind};
 
 /// Plans kept for calls that come again.
@@ -63,6 +63,8 @@ pub struct Group {
     core: Arc<Mutex<Core>>,
     /// Rank of the epoch for each rank of the group.
     members: Vec<usize>,
+    /// A number for each rank's host.
+    hosts: Vec<usize>,
     rank: usize,
     id: u64,
     epoch: u64,
@@ -163,6 +165,11 @@ impl Group {
         self.sequence
     }
 
+    /// The host of each rank: ranks of one host have the same number.
+    pub fn hosts(&self) -> &[usize] {
+        &self.hosts
+    }
+
     /// What the bytes go over.
     pub fn transport(&self) -> TransportKind {
         self.kind
@@ -188,8 +195,7 @@ impl Group {
         let algorithm = self.algorithm(Operation::AllReduce, size_of_val(buffer));
         let mut spec = Spec::new::<T>(Operation::AllReduce, algorithm, buffer.len());
         spec.reduce = Some((op, reducer::<T>(op)));
-        let shape = self.shape::<T>(buffer.len());
-        self.run(spec, || schedule::all_reduce(algorithm, shape), bytes_of_mut(buffer), &[])
+        self.run(spec, |shape| schedule::all_reduce(algorithm, shape), bytes_of_mut(buffer), &[])
     }
 
     /// Reduces `buffer` over all ranks, leaving this rank's [`chunk`] of the result in its place; returns that range.
@@ -205,9 +211,8 @@ impl Group {
         let algorithm = self.algorithm(Operation::ReduceScatter, size_of_val(buffer));
         let mut spec = Spec::new::<T>(Operation::ReduceScatter, algorithm, buffer.len());
         spec.reduce = Some((op, reducer::<T>(op)));
-        let shape = self.shape::<T>(buffer.len());
         let mine = chunk(buffer.len(), self.world_size(), self.rank);
-        self.run(spec, || schedule::reduce_scatter(algorithm, shape), bytes_of_mut(buffer), &[])?;
+        self.run(spec, |shape| schedule::reduce_scatter(algorithm, shape), bytes_of_mut(buffer), &[])?;
         Ok(mine)
     }
 
@@ -218,8 +223,7 @@ impl Group {
     pub fn all_gather<T: Element>(&mut self, buffer: &mut [T]) -> Result<(), Error> {
         let algorithm = self.algorithm(Operation::AllGather, size_of_val(buffer));
         let spec = Spec::new::<T>(Operation::AllGather, algorithm, buffer.len());
-        let shape = self.shape::<T>(buffer.len());
-        self.run(spec, || schedule::all_gather(algorithm, shape, None), bytes_of_mut(buffer), &[])
+        self.run(spec, |shape| schedule::all_gather(algorithm, shape, None), bytes_of_mut(buffer), &[])
     }
 
     /// As [`Group::all_gather`], where rank r brings `counts[r]` elements, one rank's after the other's.
@@ -231,8 +235,7 @@ impl Group {
         let algorithm = self.algorithm(Operation::AllGather, size_of_val(buffer));
         let mut spec = Spec::new::<T>(Operation::AllGather, algorithm, buffer.len());
         (spec.layout, spec.repeats) = (digest(counts), false);
-        let shape = self.shape::<T>(buffer.len());
-        self.run(spec, || schedule::all_gather(algorithm, shape, Some(&offsets)), bytes_of_mut(buffer), &[])
+        self.run(spec, |shape| schedule::all_gather(algorithm, shape, Some(&offsets)), bytes_of_mut(buffer), &[])
     }
 
     /// Fills every rank's `buffer` with the root's.
@@ -244,8 +247,7 @@ impl Group {
         let algorithm = self.algorithm(Operation::Broadcast, size_of_val(buffer));
         let mut spec = Spec::new::<T>(Operation::Broadcast, algorithm, buffer.len());
         spec.root = root as u32;
-        let shape = self.shape::<T>(buffer.len());
-        self.run(spec, || schedule::broadcast(algorithm, shape, root), bytes_of_mut(buffer), &[])
+        self.run(spec, |shape| schedule::broadcast(algorithm, shape, root), bytes_of_mut(buffer), &[])
     }
 
     /// Sends part j of `input` to rank j, and fills part i of `output` from rank i. Parts are equal: both lengths are
@@ -285,8 +287,7 @@ impl Group {
         }
         let mut spec = Spec::new::<T>(Operation::AllToAll, Algorithm::OneShot, 0);
         spec.repeats = false;
-        let shape = self.shape::<T>(0);
-        self.run(spec, || schedule::all_to_all(shape, &sends, &recvs), bytes_of_mut(output), bytes_of(input))
+        self.run(spec, |shape| schedule::all_to_all(shape, &sends, &recvs), bytes_of_mut(output), bytes_of(input))
     }
 
     /// Brings every rank's `input` (`counts[r]` elements of rank r) to the root's `output`, one after the other. Other
@@ -308,8 +309,7 @@ impl Group {
         self.fits("gather", [(input.len(), counts[self.rank]), (output.len(), expected)])?;
         let mut spec = Spec::new::<T>(Operation::Gather, Algorithm::OneShot, total);
         (spec.root, spec.layout, spec.repeats) = (root as u32, digest(counts), false);
-        let shape = self.shape::<T>(total);
-        self.run(spec, || schedule::gather(shape, root, &offsets), bytes_of_mut(output), bytes_of(input))
+        self.run(spec, |shape| schedule::gather(shape, root, &offsets), bytes_of_mut(output), bytes_of(input))
     }
 
     /// Brings part r (`counts[r]` elements) of the root's `input` to rank r's `output`. Other ranks give an empty
@@ -331,8 +331,7 @@ impl Group {
         self.fits("scatter", [(input.len(), expected), (output.len(), counts[self.rank])])?;
         let mut spec = Spec::new::<T>(Operation::Scatter, Algorithm::OneShot, total);
         (spec.root, spec.layout, spec.repeats) = (root as u32, digest(counts), false);
-        let shape = self.shape::<T>(total);
-        self.run(spec, || schedule::scatter(shape, root, &offsets), bytes_of_mut(output), bytes_of(input))
+        self.run(spec, |shape| schedule::scatter(shape, root, &offsets), bytes_of_mut(output), bytes_of(input))
     }
 
     /// Sends `elements` to one rank, which must call [`Group::recv`] with as many. Returns when they are on their way.
@@ -358,8 +357,7 @@ impl Group {
     pub fn barrier(&mut self) -> Result<(), Error> {
         let mut spec = Spec::new::<u8>(Operation::Barrier, Algorithm::OneShot, 0);
         spec.dtype = DType::None;
-        let shape = self.shape::<u8>(0);
-        self.run(spec, || schedule::barrier(shape), &mut [], &[])
+        self.run(spec, |shape| schedule::barrier(shape), &mut [], &[])
     }
 
     /// A group of some of this group's ranks, which get new numbers in the order given; `None` on the others. Every
@@ -383,6 +381,7 @@ impl Group {
         Ok(Some(Self {
             core: Arc::clone(&self.core),
             members: ranks.iter().map(|rank| self.members[*rank]).collect(),
+            hosts: ranks.iter().map(|rank| self.hosts[*rank]).collect(),
             rank,
             id: first_word(&hasher),
             epoch: self.epoch,
@@ -397,14 +396,10 @@ impl Group {
         }))
     }
 
-    fn shape<T: Element>(&self, count: usize) -> Shape {
-        Shape { rank: self.rank, world_size: self.world_size(), count, width: size_of::<T>() }
-    }
-
     fn algorithm(&self, operation: Operation, bytes: usize) -> Algorithm {
         self.forced
             .filter(|forced| Algorithm::of(operation).contains(forced))
-            .unwrap_or_else(|| Algorithm::choose(operation, self.kind, self.world_size(), bytes))
+            .unwrap_or_else(|| Algorithm::choose(operation, self.kind, &self.hosts, bytes))
     }
 
     fn peer(&self, rank: usize, role: &str) -> Result<(), Error> {
@@ -460,9 +455,8 @@ impl Group {
         }
         let mut spec = Spec::new::<T>(Operation::SendRecv, Algorithm::OneShot, count);
         (spec.root, spec.layout, spec.repeats) = (from as u32, to as u64, false);
-        let shape = self.shape::<T>(count);
         let bytes = count * size_of::<T>();
-        self.run(spec, || schedule::pair(shape, from, to, bytes), main, source)
+        self.run(spec, |shape| schedule::pair(shape, from, to, bytes), main, source)
     }
 
     /// The call as it goes on the wire. Pairs count by themselves: a send is no step of the whole group.
@@ -492,7 +486,7 @@ impl Group {
     fn run(
         &mut self,
         spec: Spec,
-        steps: impl FnOnce() -> Vec<Step>,
+        steps: impl FnOnce(Shape<'_>) -> Vec<Step>,
         main: &mut [u8],
         source: &[u8],
     ) -> Result<(), Error> {
@@ -514,7 +508,14 @@ impl Group {
         }
         let mut plan = match core.plans.iter().position(|(k, _)| spec.repeats && *k == key) {
             Some(index) => core.plans.swap_remove(index).1,
-            None => Plan::new(steps()),
+            None => Plan::new(steps(Shape {
+                rank: self.rank,
+                world_size: self.members.len(),
+                count: spec.count,
+                width,
+                pace: Pace::of(self.kind),
+                hosts: &self.hosts,
+            })),
         };
         plan.reset();
         if core.scratch.len() < plan.scratch_bytes {

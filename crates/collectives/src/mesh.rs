@@ -23,6 +23,8 @@ pub(crate) struct Mesh<'a> {
     pub(crate) epoch: u64,
     pub(crate) rank: usize,
     pub(crate) world_size: usize,
+    /// With whom: all ranks, or those of one host, or of the others. All of them have this rank among theirs.
+    pub(crate) peers: &'a [usize],
     /// Connections with each peer; number 0 is the control plane's.
     pub(crate) connections: usize,
     pub(crate) listener: &'a Listener,
@@ -32,7 +34,7 @@ pub(crate) struct Mesh<'a> {
     pub(crate) deadline: Instant,
 }
 
-/// For each rank, its connections in the order of their numbers; `None` for this rank.
+/// For each rank, its connections in the order of their numbers; `None` for this rank, and where there are none.
 pub(crate) type Links = Vec<Option<Vec<Stream>>>;
 
 impl Mesh<'_> {
@@ -40,8 +42,10 @@ impl Mesh<'_> {
     pub(crate) fn connect(&self, dial: impl Fn(usize) -> std::io::Result<Stream>) -> Result<Links, Error> {
         let mut slots: Vec<Vec<Option<Stream>>> =
             (0..self.world_size).map(|_| (0..self.connections).map(|_| None).collect()).collect();
-        let mut missing = (self.world_size - 1 - self.rank) * self.connections;
-        for (rank, slots) in slots.iter_mut().enumerate().take(self.rank) {
+        let above: Vec<usize> = self.peers.iter().copied().filter(|peer| *peer > self.rank).collect();
+        let mut missing = above.len() * self.connections;
+        for rank in self.peers.iter().copied().filter(|peer| *peer < self.rank) {
+            let slots = &mut slots[rank];
             for (number, slot) in slots.iter_mut().enumerate() {
                 let stream = dial(rank).and_then(|stream| self.encrypt(stream, rank)).and_then(|stream| {
                     let statement = self.statement(self.rank, rank, number);
@@ -59,9 +63,10 @@ impl Mesh<'_> {
             while missing > 0 {
                 let left = self.deadline.saturating_duration_since(Instant::now());
                 if left.is_zero() {
-                    let absent: Vec<String> = (self.rank + 1..self.world_size)
-                        .filter(|rank| slots[*rank].iter().any(Option::is_none))
-                        .map(|rank| rank.to_string())
+                    let absent: Vec<String> = above
+                        .iter()
+                        .filter(|rank| slots[**rank].iter().any(Option::is_none))
+                        .map(usize::to_string)
                         .collect();
                     return Err(self.late(format!("no connection from rank {}", absent.join(", "))));
                 }
@@ -84,10 +89,10 @@ impl Mesh<'_> {
                 while let Ok(arrival) = arrivals.try_recv() {
                     running -= 1;
                     let Some((stream, statement)) = arrival else { continue };
-                    let place = (self.rank + 1..self.world_size).find_map(|rank| {
+                    let place = above.iter().find_map(|rank| {
                         let number = (0..self.connections)
-                            .find(|number| statement == self.statement(rank, self.rank, *number))?;
-                        Some((rank, number))
+                            .find(|number| statement == self.statement(*rank, self.rank, *number))?;
+                        Some((*rank, number))
                     });
                     match place {
                         Some((rank, number)) if slots[rank][number].is_none() => {
@@ -102,7 +107,10 @@ impl Mesh<'_> {
         })?;
         let links = slots.into_iter().enumerate();
         Ok(links
-            .map(|(rank, slots)| (rank != self.rank).then(|| slots.into_iter().flatten().collect()))
+            .map(|(rank, slots)| {
+                let peer = rank != self.rank && self.peers.contains(&rank);
+                peer.then(|| slots.into_iter().flatten().collect())
+            })
             .collect())
     }
 
@@ -196,6 +204,7 @@ mod tests {
             epoch: 7,
             rank: 0,
             world_size: 2,
+            peers: &[0, 1],
             connections: 1,
             listener: &listener,
             key: &key,

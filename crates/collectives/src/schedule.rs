@@ -5,18 +5,25 @@
 //! ring are pipelined in segments by that rule alone, and so are trees and halvings; no algorithm has pipelining code
 //! of its own (gloo's `allreduce.cc` alternates two buffers by hand; NCCL's primitives count slots).
 //!
-//! Steps with the same peer and direction run in list order, and both sides list them in the same order.
+//! Steps with the same peer and direction run in list order, and both sides list them in the same order. They do,
+//! and no order of any transport's buffers can make them wait for each other in a circle, because every algorithm lists
+//! its exchanges in one order that all ranks have in common and each rank takes those that it takes part in: the first
+//! exchange that isn't done has both its ends waiting for nothing but each other.
 
 mod all_reduce;
+mod choice;
+mod hierarchical;
+mod measured;
 mod moves;
+mod pace;
 mod plan;
 
 pub use all_reduce::{all_reduce, reduce_scatter};
 pub use moves::{all_gather, all_to_all, barrier, broadcast, gather, pair, scatter};
+pub use pace::Pace;
 pub use plan::{Lane, Plan};
 
 use crate::call::Operation;
-use crate::transport::TransportKind;
 
 /// How an operation is carried out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -33,11 +40,20 @@ pub enum Algorithm {
     OneShot = 4,
     /// Every chunk's owner collects it from all and hands it out: least bytes, two rounds, n−1 partners at once.
     Direct = 5,
+    /// Inside each host first, then round the hosts, then inside each host again: least bytes between hosts.
+    Hierarchical = 6,
 }
 
 impl Algorithm {
     /// All of them.
-    pub const ALL: [Self; 5] = [Self::Ring, Self::HalvingDoubling, Self::Tree, Self::OneShot, Self::Direct];
+    pub const ALL: [Self; 6] = [
+        Self::Ring,
+        Self::HalvingDoubling,
+        Self::Tree,
+        Self::OneShot,
+        Self::Direct,
+        Self::Hierarchical,
+    ];
 
     /// The name by which it can be asked for.
     pub fn name(self) -> &'static str {
@@ -47,6 +63,7 @@ impl Algorithm {
             Self::Tree => "tree",
             Self::OneShot => "one_shot",
             Self::Direct => "direct",
+            Self::Hierarchical => "hierarchical",
         }
     }
 
@@ -59,29 +76,11 @@ impl Algorithm {
     pub fn of(operation: Operation) -> &'static [Self] {
         match operation {
             Operation::AllReduce => &Self::ALL,
-            Operation::ReduceScatter | Operation::AllGather => &[Self::Ring, Self::OneShot],
+            Operation::ReduceScatter | Operation::AllGather => {
+                &[Self::Ring, Self::OneShot, Self::Hierarchical]
+            }
             Operation::Broadcast => &[Self::Ring, Self::Tree, Self::OneShot],
             _ => &[Self::OneShot],
-        }
-    }
-
-    /// The fastest for a vector of `bytes`, from measurements (`cargo run -p consort-collectives --example bench`).
-    ///
-    /// Short vectors want few rounds, long ones few bytes.
-    pub fn choose(operation: Operation, transport: TransportKind, world_size: usize, bytes: usize) -> Self {
-        let short = match transport {
-            TransportKind::SharedMemory => 32 << 10,
-            TransportKind::Tcp | TransportKind::Tls => 16 << 10,
-        } / world_size.max(1);
-        match operation {
-            Operation::AllReduce if bytes <= short => Self::OneShot,
-            Operation::AllReduce if bytes <= (64 << 10) && world_size > 2 => Self::HalvingDoubling,
-            Operation::AllReduce => Self::Ring,
-            Operation::ReduceScatter | Operation::AllGather if bytes <= short * 4 => Self::OneShot,
-            Operation::ReduceScatter | Operation::AllGather => Self::Ring,
-            Operation::Broadcast if bytes <= (256 << 10) || world_size == 2 => Self::Tree,
-            Operation::Broadcast => Self::Ring,
-            _ => Self::OneShot,
         }
     }
 }
@@ -112,12 +111,6 @@ impl Span {
     /// A range of the main buffer.
     pub fn main(range: std::ops::Range<usize>) -> Self {
         Self { region: Region::Main, start: range.start, len: range.len() }
-    }
-
-    fn overlaps(&self, other: &Self) -> bool {
-        self.region == other.region
-            && self.start < other.start + other.len
-            && other.start < self.start + self.len
     }
 }
 
@@ -158,7 +151,7 @@ impl Step {
 
 /// Where a rank stands in a vector: what every schedule is made of.
 #[derive(Clone, Copy, Debug)]
-pub struct Shape {
+pub struct Shape<'a> {
     /// This rank.
     pub rank: usize,
     /// Ranks in all.
@@ -167,9 +160,13 @@ pub struct Shape {
     pub count: usize,
     /// Bytes of an element.
     pub width: usize,
+    /// How long chunks are cut.
+    pub pace: Pace,
+    /// The number of each rank's host; where it is empty, all are on one.
+    pub hosts: &'a [usize],
 }
 
-impl Shape {
+impl Shape<'_> {
     /// The bytes of chunk `chunk` (modulo the world size) of the vector, divided as evenly as can be.
     fn chunk(&self, chunk: usize) -> Span {
         let range = crate::group::chunk(self.count, self.world_size, chunk % self.world_size);

@@ -5,6 +5,8 @@
 //! over a set of peers, so that one thread serves all of them. The same conformance suite runs on every transport.
 
 #[cfg(target_os = "linux")]
+pub(crate) mod mixed;
+#[cfg(target_os = "linux")]
 pub(crate) mod shm;
 pub(crate) mod tcp;
 
@@ -24,11 +26,13 @@ pub enum TransportKind {
     Tcp,
     /// TCP connections between each pair, encrypted, with certificates of the job's own authority at both ends.
     Tls,
+    /// Shared memory between ranks of one host, TLS between hosts.
+    Mixed,
 }
 
 impl TransportKind {
     /// All of them.
-    pub const ALL: [Self; 3] = [Self::SharedMemory, Self::Tcp, Self::Tls];
+    pub const ALL: [Self; 4] = [Self::SharedMemory, Self::Tcp, Self::Tls, Self::Mixed];
 
     /// The transport of that name.
     pub fn by_name(name: &str) -> Option<Self> {
@@ -41,6 +45,7 @@ impl TransportKind {
             Self::SharedMemory => "shm",
             Self::Tcp => "tcp",
             Self::Tls => "tls",
+            Self::Mixed => "mixed",
         }
     }
 }
@@ -55,6 +60,9 @@ pub(crate) type ReduceFn = fn(into: &mut [u8], from: &[u8]);
 pub(crate) trait Transport: Send {
     /// Which it is.
     fn kind(&self) -> TransportKind;
+
+    /// A call over a vector of `bytes` begins: whether it will come through the caches.
+    fn begin(&mut self, _bytes: usize) {}
 
     /// Begins a stream to `to`. `false`: no room now, ask again.
     ///

@@ -5,9 +5,9 @@
 
 mod common;
 
-use common::{KINDS, world};
+use common::{KINDS, world, world_on};
 use consort_base::Philox;
-use consort_collectives::{Algorithm, Error, Group, Operation, Queue, Reduce, ReduceOp, chunk};
+use consort_collectives::{Algorithm, Error, Group, JoinOptions, Operation, Queue, Reduce, ReduceOp, TransportKind, chunk};
 use half::{bf16, f16};
 
 const LENGTHS: [usize; 5] = [0, 1, 17, 2_999, 150_001];
@@ -80,14 +80,20 @@ fn reductions<T: Number>(group: &mut Group) {
     group.set_algorithm(None);
 }
 
-fn suite(kind: consort_collectives::TransportKind, check: fn(&mut Group)) {
+fn suite(kind: TransportKind, check: fn(&mut Group)) {
     for n in 1..=9 {
-        world(kind, n, |mut group| {
+        world_on(kind, &layout(kind, n), |mut group| {
             assert_eq!(group.transport(), kind);
             check(&mut group);
             group.barrier().unwrap();
         });
     }
+}
+
+/// Which host each of `n` ranks is on. Memory is one host's; elsewhere there are one, two or three, with different numbers
+/// of ranks.
+fn layout(kind: TransportKind, n: usize) -> Vec<usize> {
+    (0..n).map(|i| if kind == TransportKind::SharedMemory { 0 } else { i * i % (1 + n % 3) }).collect()
 }
 
 macro_rules! on_every_transport {
@@ -104,6 +110,10 @@ macro_rules! on_every_transport {
             #[test]
             fn tls() {
                 super::suite(super::KINDS[2], $check);
+            }
+            #[test]
+            fn memory_and_tls() {
+                super::suite(super::KINDS[3], $check);
             }
         }
     )*};
@@ -242,7 +252,7 @@ fn vectors_longer_than_every_buffer() {
     const COUNT: usize = 1_700_003;
     for kind in KINDS {
         for n in [2, 3, 5] {
-            world(kind, n, |mut group| {
+            world_on(kind, &layout(kind, n), |mut group| {
                 let mut random = Philox::new(group.rank() as u64, 2);
                 let input: Vec<i32> = (0..COUNT).map(|_| random.next_u32() as i32).collect();
                 // Integers add up to the same whatever the order: every algorithm is held against the first.
@@ -267,6 +277,37 @@ fn vectors_longer_than_every_buffer() {
                 assert_eq!(sum, root[0]);
             });
         }
+    }
+}
+
+/// Nobody names a transport: what members can do together decides.
+#[test]
+fn ranks_that_share_a_host_share_memory() {
+    for (hosts, kind) in [
+        (&[0, 0, 0][..], TransportKind::SharedMemory),
+        (&[0, 1, 2], TransportKind::Tls),
+        (&[0, 1, 1], TransportKind::Mixed),
+        (&[0, 0, 1, 2, 1], TransportKind::Mixed),
+    ] {
+        let store = common::store(hosts.len());
+        std::thread::scope(|scope| {
+            for host in hosts {
+                let options = JoinOptions {
+                    transport: None,
+                    host: Some(host.to_string()),
+                    ..common::options(&store, kind)
+                };
+                scope.spawn(move || {
+                    let mut group = Group::join(options).unwrap();
+                    assert_eq!(group.transport(), kind);
+                    let together = group.hosts().iter().filter(|h| **h == group.hosts()[group.rank()]).count();
+                    assert_eq!(together, hosts.iter().filter(|other| *other == host).count());
+                    let mut all = vec![1i32; 100_000];
+                    group.all_reduce(&mut all, ReduceOp::Sum).unwrap();
+                    assert_eq!(all[99_999] as usize, hosts.len());
+                });
+            }
+        });
     }
 }
 

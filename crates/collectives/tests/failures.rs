@@ -21,8 +21,10 @@ fn worker_process() {
 /// Four workers reduce; one gets a signal; three must fail naming it, form an epoch of three, and add.
 fn one_of_four(kind: TransportKind, signal: &str) {
     let store = store(4);
+    // Two and two, where that makes a difference.
+    let host = |rank: usize| (kind == TransportKind::Mixed).then_some(rank / 2);
     let mut workers: Vec<Worker> =
-        (0..4).map(|_| Worker::start(&store.address().to_string(), Some(kind), None)).collect();
+        (0..4).map(|rank| Worker::on_host(&store.address().to_string(), Some(kind), None, host(rank))).collect();
     let ranks: Vec<usize> =
         workers.iter_mut().map(|w| w.says("joined").split(' ').next().unwrap().parse().unwrap()).collect();
     // They are in the middle of reducing: any moment will do, and each run takes another one.
@@ -74,6 +76,16 @@ fn a_stopped_process_is_an_error_by_the_deadline_and_is_fenced_over_tcp() {
 #[test]
 fn a_killed_process_is_an_error_on_all_ranks_and_the_rest_goes_on_over_tls() {
     one_of_four(KINDS[2], "-KILL");
+}
+
+#[test]
+fn a_killed_process_is_an_error_on_all_ranks_and_the_rest_goes_on_over_memory_and_tls() {
+    one_of_four(KINDS[3], "-KILL");
+}
+
+#[test]
+fn a_stopped_process_is_an_error_by_the_deadline_and_is_fenced_over_memory_and_tls() {
+    one_of_four(KINDS[3], "-STOP");
 }
 
 #[test]

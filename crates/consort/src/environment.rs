@@ -59,15 +59,25 @@ pub(crate) fn hub() -> Result<Hub> {
 
 const BENCH_STORE: &str = "CONSORT_BENCH_STORE";
 const BENCH_TOKEN: &str = "CONSORT_BENCH_TOKEN";
+const BENCH_HOST: &str = "CONSORT_BENCH_HOST";
 
-/// The meeting place and the token of `consort bench collectives`, in a process that it started as a rank.
-pub(crate) fn bench_rank() -> Option<(String, String)> {
-    Some((var(BENCH_STORE)?, var(BENCH_TOKEN)?))
+/// What a rank of `consort bench collectives` is told by the process that starts it.
+pub(crate) struct BenchRank {
+    /// The meeting place.
+    pub(crate) store: String,
+    pub(crate) token: String,
+    /// The name of its host, of those that are pretended.
+    pub(crate) host: String,
+}
+
+/// The same, in a process that was started as such a rank.
+pub(crate) fn bench_rank() -> Option<BenchRank> {
+    Some(BenchRank { store: var(BENCH_STORE)?, token: var(BENCH_TOKEN)?, host: var(BENCH_HOST)? })
 }
 
 /// Makes `command` such a rank.
-pub(crate) fn for_bench_rank(command: &mut std::process::Command, store: &str, token: &str) {
-    command.env(BENCH_STORE, store).env(BENCH_TOKEN, token);
+pub(crate) fn for_bench_rank(command: &mut std::process::Command, rank: &BenchRank) {
+    command.env(BENCH_STORE, &rank.store).env(BENCH_TOKEN, &rank.token).env(BENCH_HOST, &rank.host);
 }
 
 /// The token of a training job, where it isn't made up: `CONSORT_TRAIN_TOKEN`.

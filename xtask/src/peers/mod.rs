@@ -20,6 +20,7 @@ use clap::{Args, ValueEnum};
 use crate::command::{cargo, run, target_folder};
 pub(crate) use gateway::OpenLoop;
 use llama::{Llama, ModelFile};
+pub(crate) use table::median;
 use table::{Better, Row};
 
 /// Which comparison to run.
@@ -207,7 +208,7 @@ fn start(sides: &Sides, model: &ModelFile, pairs: usize) -> Result<Row> {
 }
 
 /// The processor's name as Linux knows it.
-fn machine() -> String {
+pub(crate) fn machine() -> String {
     let text = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     let name = text.lines().find_map(|l| l.strip_prefix("model name")?.split_once(": ").map(|p| p.1));
     name.unwrap_or("unknown processor").to_owned()

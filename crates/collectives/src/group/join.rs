@@ -12,6 +12,8 @@ use crate::mesh::{Links, Mesh};
 use crate::net::{Listener, Stream, connect_tcp};
 use crate::store::{Begin, Introduction, Membership};
 use crate::tls::MemberKey;
+#[cfg(target_os = "linux")]
+use crate::transport::mixed::Mixed;
 use crate::transport::tcp::Tcp;
 use crate::transport::{Transport, TransportKind};
 
@@ -22,13 +24,17 @@ pub struct JoinOptions {
     pub store: String,
     /// The job's secret. At least 16 random bytes, since a stranger can test guesses.
     pub token: Vec<u8>,
-    /// The only transport to use; `None` takes shared memory where all members are on one host, else TLS.
+    /// The only transport to use; `None` takes shared memory where all members are on one host, TLS where no two are,
+    /// and both where some are.
     pub transport: Option<TransportKind>,
     /// Where to listen for peers, over TCP or TLS; `None` takes a free port of this machine's address towards the store.
     pub listen: Option<SocketAddr>,
     /// The `host:port` by which peers find this member, where it isn't the one that it listens on: a port that a container
     /// or a router passes on. With `listen`.
     pub advertise: Option<String>,
+    /// A name for this process's host: members of one machine that give different ones are taken to be on different
+    /// hosts (to try a layout out, or to keep sockets of a machine apart).
+    pub host: Option<String>,
     /// Data connections with each peer, over TCP or TLS.
     pub connections: usize,
     /// How long a call may take, from the moment when it first has to wait.
@@ -48,6 +54,7 @@ impl JoinOptions {
             transport: None,
             listen: None,
             advertise: None,
+            host: None,
             connections: 2,
             deadline: Duration::from_secs(60),
             silence: Duration::from_secs(5),
@@ -110,6 +117,7 @@ fn form(mut ticket: Ticket, deadline: Instant) -> Result<Group, Error> {
 fn stand(ticket: Ticket, begin: &Begin, transport: Box<dyn Transport>, control: Control) -> Group {
     let n = begin.members.len();
     let kind = transport.kind();
+    let hosts = hosts(&begin.members);
     let core = Core {
         transport,
         control,
@@ -122,6 +130,7 @@ fn stand(ticket: Ticket, begin: &Begin, transport: Box<dyn Transport>, control: 
     Group {
         core: Arc::new(Mutex::new(core)),
         members: (0..n).collect(),
+        hosts,
         rank: begin.rank,
         id: begin.epoch,
         epoch: begin.epoch,
@@ -161,7 +170,7 @@ impl Meeting {
         let key = MemberKey::new()?;
         let introduction = Introduction {
             key: key.public().to_vec(),
-            host: host(),
+            host: host(ticket.options.host.as_deref()),
             tcp: ticket.options.advertise.clone().unwrap_or_else(|| tcp_address.to_string()),
             local: name,
             only: ticket.options.transport,
@@ -184,36 +193,54 @@ impl Meeting {
         let silence = ticket.options.silence;
         let kind = choose(&begin.members)?;
         let identity = match kind {
-            TransportKind::Tls => Some(self.key.identity(&begin.certificate, &begin.authority)?),
+            TransportKind::Tls | TransportKind::Mixed => Some(self.key.identity(&begin.certificate, &begin.authority)?),
             _ => None,
         };
-        let mesh = |listener, connections| Mesh {
+        let (n, rank) = (begin.members.len(), begin.rank);
+        let mesh = |listener, peers, connections| Mesh {
             epoch: begin.epoch,
-            rank: begin.rank,
-            world_size: begin.members.len(),
+            rank,
+            world_size: n,
+            peers,
             connections,
             listener,
             key: &ticket.key,
             identity: identity.as_ref(),
             deadline,
         };
+        let all: Vec<usize> = (0..n).collect();
+        let to_tcp = |rank: usize| connect_tcp(&begin.members[rank].tcp, deadline);
         match kind {
             #[cfg(target_os = "linux")]
             TransportKind::SharedMemory => {
-                let links = mesh(&self.local, 1).connect(|rank| {
-                    let name = begin.members[rank].local.as_deref().unwrap_or_default();
-                    crate::net::connect_local(name)
-                })?;
-                let transport = share_memory(begin, &links, deadline)?;
+                let to_local = |rank: usize| connect_local(&begin.members[rank]);
+                let links = mesh(&self.local, &all, 1).connect(to_local)?;
+                let transport = share_memory(begin, &all, &links, deadline)?;
+                let control = Control::start(first(links), silence, transport.waker())?;
+                Ok((Box::new(transport), control))
+            }
+            #[cfg(target_os = "linux")]
+            TransportKind::Mixed => {
+                let mine = &begin.members[rank].host;
+                let (here, mut away): (Vec<usize>, Vec<usize>) =
+                    all.iter().partition(|other| begin.members[**other].host == *mine);
+                // All of a host finish with each other before they turn to the others.
+                let to_local = |rank: usize| connect_local(&begin.members[rank]);
+                let mut near = mesh(&self.local, &here, 2).connect(to_local)?;
+                let mut memory = share_memory(begin, &here, &near, deadline)?;
+                let mut bell = |rank: &usize| near[*rank].as_mut().and_then(Vec::pop);
+                memory.hang_bells(here.iter().map(&mut bell).collect())?;
+                away.push(rank);
+                let mut far = mesh(&self.tcp, &away, 1 + ticket.options.connections).connect(to_tcp)?;
+                let net = Tcp::new(TransportKind::Mixed, data(&mut far))?;
+                let transport = Mixed::new(memory, net, &here, n);
+                let links = near.into_iter().zip(far).map(|(near, far)| near.or(far)).collect();
                 let control = Control::start(first(links), silence, transport.waker())?;
                 Ok((Box::new(transport), control))
             }
             _ => {
-                let connections = 1 + ticket.options.connections;
-                let mut links = mesh(&self.tcp, connections)
-                    .connect(|rank| connect_tcp(&begin.members[rank].tcp, deadline))?;
-                let data = links.iter_mut().map(|link| link.as_mut().map(|link| link.split_off(1))).collect();
-                let transport = Tcp::new(kind, data)?;
+                let mut links = mesh(&self.tcp, &all, 1 + ticket.options.connections).connect(to_tcp)?;
+                let transport = Tcp::new(kind, data(&mut links))?;
                 let control = Control::start(first(links), silence, transport.waker())?;
                 Ok((Box::new(transport), control))
             }
@@ -221,14 +248,26 @@ impl Meeting {
     }
 }
 
+/// All connections but the first of each peer, which is the control plane's.
+fn data(links: &mut Links) -> Vec<Option<Vec<Stream>>> {
+    links.iter_mut().map(|link| link.as_mut().map(|link| link.split_off(1))).collect()
+}
+
+#[cfg(target_os = "linux")]
+fn connect_local(member: &Introduction) -> std::io::Result<Stream> {
+    crate::net::connect_local(member.local.as_deref().unwrap_or_default())
+}
+
 fn first(links: Links) -> Vec<Option<Stream>> {
     links.into_iter().map(|link| link.and_then(|link| link.into_iter().next())).collect()
 }
 
-/// Rank 0 makes the memory file and gives its descriptor to the others, so it has no name and needs no cleaning up.
+/// The first of the ranks `here` makes the memory file and gives its descriptor to the others, so it has no name and needs
+/// no cleaning up.
 #[cfg(target_os = "linux")]
 fn share_memory(
     begin: &Begin,
+    here: &[usize],
     links: &Links,
     deadline: Instant,
 ) -> Result<crate::transport::shm::SharedMemory, Error> {
@@ -236,32 +275,40 @@ fn share_memory(
 
     use crate::transport::shm::{SharedMemory, receive_fd, send_fd};
 
-    let n = begin.members.len();
-    if begin.rank == 0 {
+    let link = |rank: &usize| links.get(*rank).and_then(Option::as_ref).and_then(|link| link.first());
+    let n = here.len();
+    let number = here.iter().position(|rank| *rank == begin.rank).unwrap_or(0);
+    if number == 0 {
         let (memory, fd) = SharedMemory::create(begin.epoch, n)?;
-        for link in links.iter().flatten().flatten() {
+        for link in here.iter().filter_map(link) {
             send_fd(link.as_raw_fd(), &fd).map_err(|e| Error::system("hand out shared memory", &e))?;
         }
         return Ok(memory);
     }
-    let root = links.first().and_then(|link| link.as_ref()).and_then(|link| link.first());
-    let fd = root.ok_or_else(|| std::io::Error::other("no connection to rank 0")).and_then(|root| {
+    let root = here.first().and_then(link);
+    let fd = root.ok_or_else(|| std::io::Error::other("no connection to who makes it")).and_then(|root| {
         root.set_read_limit(Some(
             deadline.saturating_duration_since(Instant::now()).max(Duration::from_millis(1)),
         ))?;
         receive_fd(root.as_raw_fd())
     });
-    let fd = fd.map_err(|e| Error::system("get the shared memory from rank 0", &e))?;
-    SharedMemory::open(fd, begin.epoch, begin.rank, n)
+    let fd = fd.map_err(|e| Error::system("get the host's shared memory", &e))?;
+    SharedMemory::open(fd, begin.epoch, number, n)
 }
 
 /// Every member sees the same list, so all choose the same: what is asked for; else shared memory where all are on one
-/// host, and TLS where they aren't.
+/// host, TLS where no two are, and both where some are.
 fn choose(members: &[Introduction]) -> Result<TransportKind, Error> {
     let one_host = members.iter().all(|m| m.local.is_some() && m.host == members[0].host);
     let mut wishes = members.iter().enumerate().filter_map(|(rank, m)| m.only.map(|kind| (rank, kind)));
     let Some((first, kind)) = wishes.next() else {
-        return Ok(if one_host { TransportKind::SharedMemory } else { TransportKind::Tls });
+        return Ok(match members {
+            _ if one_host => TransportKind::SharedMemory,
+            _ if members.iter().enumerate().any(|(rank, m)| shares(&members[..rank], m)) => {
+                TransportKind::Mixed
+            }
+            _ => TransportKind::Tls,
+        });
     };
     if let Some((other, wish)) = wishes.find(|(_, wish)| *wish != kind) {
         let (kind, wish) = (kind.name(), wish.name());
@@ -277,10 +324,24 @@ fn choose(members: &[Introduction]) -> Result<TransportKind, Error> {
     Ok(kind)
 }
 
-/// Equal for processes of one boot of one machine in one network namespace, which can reach each other's local sockets.
-fn host() -> String {
+/// Whether a member could share memory with one of `others`.
+fn shares(others: &[Introduction], member: &Introduction) -> bool {
+    cfg!(target_os = "linux")
+        && member.local.is_some()
+        && others.iter().any(|other| other.local.is_some() && other.host == member.host)
+}
+
+/// A number for each member's host.
+fn hosts(members: &[Introduction]) -> Vec<usize> {
+    let first = |member: &Introduction| members.iter().position(|other| other.host == member.host);
+    members.iter().map(|member| first(member).unwrap_or(0)).collect()
+}
+
+/// Equal for processes of one boot of one machine in one network namespace, which can reach each other's local sockets,
+/// if they also give the same `name`.
+fn host(name: Option<&str>) -> String {
     let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
     let network =
         std::fs::read_link("/proc/self/ns/net").map(|p| p.display().to_string()).unwrap_or_default();
-    format!("{} {network}", boot.trim())
+    format!("{} {network} {}", boot.trim(), name.unwrap_or_default())
 }

@@ -1,77 +1,82 @@
-//! Reductions: ring, halving and doubling, tree, one-shot, direct.
+//! Reductions: ring, halving and doubling, tree, one-shot, direct; the hierarchical one has a file of its own.
 //!
 //! With n ranks and a vector of b bytes, each rank sends: ring, halving and direct 2·(n−1)/n·b, tree b to 2·b (log n at the
 //! root), one-shot (n−1)·b. The order of additions of each is given where its steps are made; it depends on nothing
 //! but the world size and the element's place, so a repeated call gives the same bits.
 
+use std::ops::Range;
+
+use super::hierarchical::{Part, hierarchical};
 use super::{Action, Algorithm, Region, Shape, Span, Step};
 
 /// Steps of an all-reduce of the main buffer, in place.
-pub fn all_reduce(algorithm: Algorithm, shape: Shape) -> Vec<Step> {
+pub fn all_reduce(algorithm: Algorithm, shape: Shape<'_>) -> Vec<Step> {
     let mut steps = Vec::new();
     if shape.world_size < 2 {
         return steps;
     }
     match algorithm {
-        Algorithm::Ring => {
-            ring_reduce(shape, &mut steps);
-            ring_gather(shape, &mut steps);
-        }
+        Algorithm::Ring => ring(shape, 0..2 * (shape.world_size - 1), &|c| shape.chunk(c), &mut steps),
         Algorithm::HalvingDoubling => halving_doubling(shape, &mut steps),
         Algorithm::Tree => tree(shape, &mut steps),
         Algorithm::OneShot => one_shot(shape, &mut steps),
         Algorithm::Direct => direct(shape, &mut steps),
+        Algorithm::Hierarchical => hierarchical(shape, Part::Both, &|c| shape.chunk(c), &mut steps),
     }
     steps
 }
 
 /// Steps after which chunk `rank` of the main buffer is reduced; its other chunks are then unspecified.
-pub fn reduce_scatter(algorithm: Algorithm, shape: Shape) -> Vec<Step> {
+pub fn reduce_scatter(algorithm: Algorithm, shape: Shape<'_>) -> Vec<Step> {
     let mut steps = Vec::new();
     if shape.world_size < 2 {
         return steps;
     }
-    if algorithm == Algorithm::OneShot {
-        // Sum: x[r] + x[r+1] + … round the ring, from the left.
-        for distance in 1..shape.world_size {
-            let to = shape.after(distance);
-            steps.push(Step { action: Action::Send(to), span: shape.chunk(to) });
+    match algorithm {
+        Algorithm::OneShot => {
+            // Sum: x[r] + x[r+1] + … round the ring, from the left.
+            for distance in 1..shape.world_size {
+                let to = shape.after(distance);
+                steps.push(Step { action: Action::Send(to), span: shape.chunk(to) });
+            }
+            for distance in 1..shape.world_size {
+                let from = shape.after(distance);
+                steps.push(Step { action: Action::RecvReduce(from), span: shape.chunk(shape.rank) });
+            }
         }
-        for distance in 1..shape.world_size {
-            let from = shape.after(distance);
-            steps.push(Step { action: Action::RecvReduce(from), span: shape.chunk(shape.rank) });
-        }
-    } else {
-        ring_reduce(shape, &mut steps);
+        Algorithm::Hierarchical => hierarchical(shape, Part::Reduce, &|c| shape.chunk(c), &mut steps),
+        _ => ring(shape, 0..shape.world_size - 1, &|c| shape.chunk(c), &mut steps),
     }
     steps
 }
 
-/// Chunk c starts at rank c+1 and collects ranks in ring order: ((x[c+1] + x[c+2]) + …) + x[c], and ends at rank c.
-fn ring_reduce(shape: Shape, steps: &mut Vec<Step>) {
+/// Rounds of a ring. In the first n−1 chunk c starts at rank c+1 and collects ranks in ring order,
+/// ((x[c+1] + x[c+2]) + …) + x[c], and ends at rank c; in the other n−1 finished chunks go once round.
+pub(super) fn ring(
+    shape: Shape<'_>,
+    rounds: Range<usize>,
+    chunk: &dyn Fn(usize) -> Span,
+    steps: &mut Vec<Step>,
+) {
     let n = shape.world_size;
-    for round in 0..n - 1 {
-        let send = shape.chunk(shape.rank + 2 * n - round - 1);
-        let recv = shape.chunk(shape.rank + 2 * n - round - 2);
-        steps.push(Step { action: Action::Send(shape.after(1)), span: send });
-        steps.push(Step { action: Action::RecvReduce(shape.before(1)), span: recv });
-    }
-}
-
-/// Finished chunks go once round the ring.
-pub(super) fn ring_gather(shape: Shape, steps: &mut Vec<Step>) {
-    let n = shape.world_size;
-    for round in 0..n - 1 {
-        let send = shape.chunk(shape.rank + n - round);
-        let recv = shape.chunk(shape.rank + n - round - 1);
-        steps.push(Step { action: Action::Send(shape.after(1)), span: send });
-        steps.push(Step { action: Action::Recv(shape.before(1)), span: recv });
+    let longest = (0..n).map(|c| chunk(c).len).max().unwrap_or(0);
+    for (index, piece) in shape.waves(rounds.len(), shape.pieces(longest)) {
+        let round = rounds.start + index;
+        let (send, recv) = (shape.rank + 4 * n - round - 1, shape.rank + 4 * n - round - 2);
+        if let Some(span) = shape.cut(chunk(send % n), piece) {
+            steps.push(Step { action: Action::Send(shape.after(1)), span });
+        }
+        if let Some(span) = shape.cut(chunk(recv % n), piece) {
+            let from = shape.before(1);
+            let action = if round < n - 1 { Action::RecvReduce(from) } else { Action::Recv(from) };
+            steps.push(Step { action, span });
+        }
     }
 }
 
 /// For any world size: with p the largest power of two within it, the first 2·(n−p) ranks pair up, and of each pair the
 /// odd one computes for both. Sum: pairs (2i + (2i+1)) first, then a balanced tree over the p, nearest distance last.
-fn halving_doubling(shape: Shape, steps: &mut Vec<Step>) {
+fn halving_doubling(shape: Shape<'_>, steps: &mut Vec<Step>) {
     let Shape { rank, world_size, count, width } = shape;
     let power = 1 << world_size.ilog2();
     let extra = world_size - power;
@@ -129,7 +134,7 @@ pub(super) fn binomial(number: usize, world_size: usize) -> (Option<usize>, Vec<
 }
 
 /// Sum: each node adds its own, then its children's sums, nearest child first.
-fn tree(shape: Shape, steps: &mut Vec<Step>) {
+fn tree(shape: Shape<'_>, steps: &mut Vec<Step>) {
     let whole = shape.whole();
     let (parent, children) = binomial(shape.rank, shape.world_size);
     for child in &children {
@@ -145,25 +150,28 @@ fn tree(shape: Shape, steps: &mut Vec<Step>) {
 }
 
 /// Sum, for chunk c: ((x[c] + x[c−1]) + x[c−2]) + …, ranks modulo n.
-fn direct(shape: Shape, steps: &mut Vec<Step>) {
+fn direct(shape: Shape<'_>, steps: &mut Vec<Step>) {
+    let n = shape.world_size;
     let own = shape.chunk(shape.rank);
-    let distances = 1..shape.world_size;
-    for to in distances.clone().map(|distance| shape.after(distance)) {
-        steps.push(Step { action: Action::Send(to), span: shape.chunk(to) });
-    }
-    for from in distances.clone().map(|distance| shape.before(distance)) {
-        steps.push(Step { action: Action::RecvReduce(from), span: own });
-    }
-    for to in distances.clone().map(|distance| shape.after(distance)) {
-        steps.push(Step { action: Action::Send(to), span: own });
-    }
-    for from in distances.map(|distance| shape.before(distance)) {
-        steps.push(Step { action: Action::Recv(from), span: shape.chunk(from) });
+    for (round, piece) in shape.waves(2, shape.pieces(shape.chunk(0).len)) {
+        for to in (1..n).map(|distance| shape.after(distance)) {
+            let chunk = if round == 0 { shape.chunk(to) } else { own };
+            let span = shape.cut(chunk, piece);
+            steps.extend(span.map(|span| Step { action: Action::Send(to), span }));
+        }
+        for from in (1..n).map(|distance| shape.before(distance)) {
+            let (chunk, action) = match round {
+                0 => (own, Action::RecvReduce(from)),
+                _ => (shape.chunk(from), Action::Recv(from)),
+            };
+            let span = shape.cut(chunk, piece);
+            steps.extend(span.map(|span| Step { action, span }));
+        }
     }
 }
 
 /// Sum: (((x[0] + x[1]) + x[2]) + …), on every rank. Ranks from 2 on keep a copy of their own, to add it in its turn.
-fn one_shot(shape: Shape, steps: &mut Vec<Step>) {
+fn one_shot(shape: Shape<'_>, steps: &mut Vec<Step>) {
     let Shape { rank, world_size, .. } = shape;
     let whole = shape.whole();
     let copy = Span { region: Region::Scratch, ..whole };

@@ -2,7 +2,8 @@
 //!
 //! Parts may be uneven: `offsets` has one entry a rank and one more, in bytes.
 
-use super::all_reduce::{binomial, ring_gather};
+use super::all_reduce::{binomial, ring};
+use super::hierarchical::{Part, hierarchical};
 use super::{Action, Algorithm, Region, Shape, Span, Step};
 
 fn part(region: Region, offsets: &[usize], rank: usize) -> Span {
@@ -10,7 +11,7 @@ fn part(region: Region, offsets: &[usize], rank: usize) -> Span {
 }
 
 /// Part `rank` of the main buffer goes to everyone. `offsets` of `None` divides the vector evenly.
-pub fn all_gather(algorithm: Algorithm, shape: Shape, offsets: Option<&[usize]>) -> Vec<Step> {
+pub fn all_gather(algorithm: Algorithm, shape: Shape<'_>, offsets: Option<&[usize]>) -> Vec<Step> {
     let n = shape.world_size;
     let mut steps = Vec::new();
     if n < 2 {
@@ -20,8 +21,8 @@ pub fn all_gather(algorithm: Algorithm, shape: Shape, offsets: Option<&[usize]>)
         Some(offsets) => part(Region::Main, offsets, rank % n),
         None => shape.chunk(rank),
     };
-    match (algorithm, offsets) {
-        (Algorithm::OneShot, _) => {
+    match algorithm {
+        Algorithm::OneShot => {
             for distance in 1..n {
                 steps.push(Step { action: Action::Send(shape.after(distance)), span: span(shape.rank) });
             }
@@ -30,25 +31,22 @@ pub fn all_gather(algorithm: Algorithm, shape: Shape, offsets: Option<&[usize]>)
                 steps.push(Step { action: Action::Recv(from), span: span(from) });
             }
         }
-        (_, None) => ring_gather(shape, &mut steps),
-        (_, Some(_)) => {
-            for round in 0..n - 1 {
-                let (send, recv) = (span(shape.rank + n - round), span(shape.rank + n - round - 1));
-                steps.push(Step { action: Action::Send(shape.after(1)), span: send });
-                steps.push(Step { action: Action::Recv(shape.before(1)), span: recv });
-            }
-        }
+        Algorithm::Hierarchical => hierarchical(shape, Part::Gather, &span, &mut steps),
+        _ => ring(shape, n - 1..2 * (n - 1), &span, &mut steps),
     }
     steps
 }
 
 /// The root's main buffer goes to everyone: along a chain (ring), a binomial tree, or straight (one-shot).
-pub fn broadcast(algorithm: Algorithm, shape: Shape, root: usize) -> Vec<Step> {
+pub fn broadcast(algorithm: Algorithm, shape: Shape<'_>, root: usize) -> Vec<Step> {
     let n = shape.world_size;
     let whole = shape.whole();
-    // Ranks are numbered from the root on.
-    let number = (shape.rank + n - root) % n;
-    let real = |number: usize| (number + root) % n;
+    // Ranks are numbered from the root on, host by host: a chain enters each host once.
+    let host = |rank: &usize| shape.hosts.get(*rank).copied().unwrap_or(0);
+    let mut order: Vec<usize> = (0..n).map(|distance| (root + distance) % n).collect();
+    order.sort_by_key(|rank| (host(rank) != host(&root), host(rank)));
+    let number = order.iter().position(|rank| *rank == shape.rank).unwrap_or(0);
+    let real = |number: usize| order[number];
     let (parent, children) = match algorithm {
         Algorithm::Ring => {
             (number.checked_sub(1), (number + 1 < n).then_some(number + 1).into_iter().collect())
@@ -70,7 +68,7 @@ pub fn broadcast(algorithm: Algorithm, shape: Shape, root: usize) -> Vec<Step> {
 }
 
 /// Part j of the source goes to rank j, into its part `rank` of the main buffer.
-pub fn all_to_all(shape: Shape, send_offsets: &[usize], recv_offsets: &[usize]) -> Vec<Step> {
+pub fn all_to_all(shape: Shape<'_>, send_offsets: &[usize], recv_offsets: &[usize]) -> Vec<Step> {
     let Shape { rank, world_size, .. } = shape;
     let mut steps = Vec::new();
     for distance in 1..world_size {
@@ -89,7 +87,7 @@ pub fn all_to_all(shape: Shape, send_offsets: &[usize], recv_offsets: &[usize]) 
 }
 
 /// Everyone's source comes to the root's main buffer.
-pub fn gather(shape: Shape, root: usize, offsets: &[usize]) -> Vec<Step> {
+pub fn gather(shape: Shape<'_>, root: usize, offsets: &[usize]) -> Vec<Step> {
     let len = offsets[shape.rank + 1] - offsets[shape.rank];
     let own = Span { region: Region::Source, start: 0, len };
     if shape.rank != root {
@@ -104,7 +102,7 @@ pub fn gather(shape: Shape, root: usize, offsets: &[usize]) -> Vec<Step> {
 }
 
 /// Part j of the root's source goes to rank j's main buffer.
-pub fn scatter(shape: Shape, root: usize, offsets: &[usize]) -> Vec<Step> {
+pub fn scatter(shape: Shape<'_>, root: usize, offsets: &[usize]) -> Vec<Step> {
     let len = offsets[shape.rank + 1] - offsets[shape.rank];
     let own = Span { region: Region::Main, start: 0, len };
     if shape.rank != root {
@@ -123,7 +121,7 @@ pub fn scatter(shape: Shape, root: usize, offsets: &[usize]) -> Vec<Step> {
 }
 
 /// One rank's half of a send/recv: the sender reads its source, the receiver fills its main buffer.
-pub fn pair(shape: Shape, from: usize, to: usize, bytes: usize) -> Vec<Step> {
+pub fn pair(shape: Shape<'_>, from: usize, to: usize, bytes: usize) -> Vec<Step> {
     let (action, region) = if shape.rank == from {
         (Action::Send(to), Region::Source)
     } else {
@@ -134,7 +132,7 @@ pub fn pair(shape: Shape, from: usize, to: usize, bytes: usize) -> Vec<Step> {
 
 /// Dissemination (Hensgen, Finkel & Manber 1988): in round k every rank tells the one 2^k further. One byte of scratch
 /// links the rounds: a round's send waits for the receipt before it.
-pub fn barrier(shape: Shape) -> Vec<Step> {
+pub fn barrier(shape: Shape<'_>) -> Vec<Step> {
     let token = Span { region: Region::Scratch, start: 0, len: 1 };
     let mut steps = Vec::new();
     let mut distance = 1;

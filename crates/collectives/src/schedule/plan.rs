@@ -2,7 +2,10 @@
 //!
 //! A step may work up to the first byte that an earlier step, touching the same bytes (one of the two writing), has not
 //! come past. That is the whole of the pipelining: a ring's second round sends what its first has added so far.
-//! Finding the pairs costs the square of the steps once; plans are kept and reset between equal calls.
+//! Steps are kept by where their bytes begin, so that finding the pairs costs a look at the neighbours of each; plans are
+//! kept and reset between equal calls.
+
+use std::collections::BTreeMap;
 
 use super::{Action, Region, Span, Step};
 
@@ -49,6 +52,7 @@ impl Plan {
         let mut lanes: Vec<Lane> = Vec::new();
         let mut hazards = Vec::with_capacity(steps.len());
         let mut scratch_bytes = 0;
+        let mut touched = Touched::default();
         for (index, step) in steps.iter().enumerate() {
             let peer = match step.action {
                 Action::Send(to) => Some((to, true)),
@@ -65,7 +69,7 @@ impl Plan {
             };
             lane.steps.push(index);
             lane.bytes += step.span.len;
-            hazards.push(hazards_of(&steps[..index], step));
+            hazards.push(touched.add(index, step));
             if step.span.region == Region::Scratch {
                 scratch_bytes = scratch_bytes.max(step.span.start + step.span.len);
             }
@@ -130,20 +134,41 @@ impl Plan {
     }
 }
 
-fn hazards_of(earlier: &[Step], step: &Step) -> Vec<Hazard> {
-    let (reads, writes) = step.touches();
-    let mut hazards = Vec::new();
-    for (index, before) in earlier.iter().enumerate() {
-        let (was_read, was_written) = before.touches();
-        for (mine, theirs) in [(reads, was_written), (writes, was_read), (writes, was_written)] {
-            if let (Some(mine), Some(theirs)) = (mine, theirs)
-                && mine.overlaps(&theirs)
-            {
-                hazards.push(Hazard { earlier: index, from: theirs.start, mine: mine.start });
+/// The bytes that the steps so far touch.
+#[derive(Default)]
+struct Touched {
+    /// By region and first byte: (step, bytes, whether it writes them).
+    spans: BTreeMap<(usize, usize), Vec<(usize, usize, bool)>>,
+    /// The most bytes that one touches, by region.
+    longest: [usize; 3],
+}
+
+impl Touched {
+    /// Adds a step, and says which of those before it touch the same bytes, one of the two writing.
+    fn add(&mut self, index: usize, step: &Step) -> Vec<Hazard> {
+        let mut hazards = Vec::new();
+        let (read, written) = step.touches();
+        let mine = || read.map(|span| (span, false)).into_iter().chain(written.map(|span| (span, true)));
+        for (span, writes) in mine().filter(|(span, _)| span.len > 0) {
+            let region = span.region as usize;
+            let first = (span.start + 1).saturating_sub(self.longest[region]);
+            let near = self.spans.range((region, first)..(region, span.start + span.len));
+            for ((_, from), before) in near {
+                hazards.extend(
+                    before
+                        .iter()
+                        .filter(|(_, len, wrote)| from + len > span.start && (writes || *wrote))
+                        .map(|(earlier, ..)| Hazard { earlier: *earlier, from: *from, mine: span.start }),
+                );
             }
         }
+        for (span, writes) in mine().filter(|(span, _)| span.len > 0) {
+            let region = span.region as usize;
+            self.longest[region] = self.longest[region].max(span.len);
+            self.spans.entry((region, span.start)).or_default().push((index, span.len, writes));
+        }
+        hazards
     }
-    hazards
 }
 
 #[cfg(test)]
@@ -222,10 +247,20 @@ mod tests {
         for world_size in 1..=9 {
             for count in [0, 1, 5, 37] {
                 for algorithm in Algorithm::ALL {
-                    for seed in 0..6 {
+                    for seed in 0..12 {
+                        // Pieces of any length, and ranks on any hosts.
+                        let mut any = random(seed << 32 | (world_size * 64 + count) as u64);
+                        let pace = if seed == 0 {
+                            Pace::WHOLE
+                        } else {
+                            Pace { piece: 1 + any(9), lead: 1 + any(4) }
+                        };
+                        let most = 1 + any(4);
+                        let hosts: Vec<usize> = (0..world_size).map(|_| any(most)).collect();
                         let nodes = (0..world_size)
                             .map(|rank| {
-                                let shape = Shape { rank, world_size, count, width: 1 };
+                                let hosts = &hosts[..];
+                                let shape = Shape { rank, world_size, count, width: 1, pace, hosts };
                                 let plan = Plan::new(all_reduce(algorithm, shape));
                                 let main = (0..count).map(|i| (1 << (rank % 8)) + i as u8).collect();
                                 Node { regions: [main, vec![], vec![0; plan.scratch_bytes]], plan }
@@ -237,7 +272,7 @@ mod tests {
                             })
                             .collect();
                         for (rank, got) in run(nodes, &mut random(seed)).into_iter().enumerate() {
-                            assert_eq!(got, want, "{algorithm:?} rank {rank} of {world_size} seed {seed}");
+                            assert_eq!(got, want, "{algorithm:?} rank {rank} of {world_size} on {hosts:?} seed {seed}");
                         }
                     }
                 }
@@ -247,7 +282,8 @@ mod tests {
 
     #[test]
     fn a_later_round_starts_before_the_earlier_one_ends() {
-        let shape = Shape { rank: 0, world_size: 3, count: 300, width: 1 };
+        let pace = Pace::WHOLE;
+        let shape = Shape { rank: 0, world_size: 3, count: 300, width: 1, pace, hosts: &[] };
         let mut plan = Plan::new(all_reduce(Algorithm::Ring, shape));
         // Lane 0 sends, lane 1 receives. Ten bytes of the first chunk have come: round two may send those ten.
         plan.advance(0, 100);

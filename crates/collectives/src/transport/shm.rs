@@ -15,6 +15,7 @@
 //!
 //! Memory: n·(n−1) rings, of which a page counts once it is used.
 
+mod bells;
 mod mapping;
 mod stream;
 
@@ -23,10 +24,13 @@ use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 use std::time::Duration;
 
+use bells::Bells;
+use mapping::Sleep;
 pub(crate) use mapping::{Mapping, receive_fd, send_fd};
 
 use super::{ReduceFn, Transport, TransportKind, Waker};
 use crate::error::{Error, Fault};
+use crate::net::{Interest, Stream};
 
 /// Streams begin at multiples of this, so that elements never straddle a ring's end.
 const ALIGN: u64 = 64;
@@ -34,8 +38,8 @@ const ALIGN: u64 = 64;
 const PIECE: usize = 128 << 10;
 /// Turns given to a rank on the same core before this one sleeps.
 const STACKED_YIELDS: u32 = 2000;
-/// A receive into more bytes than this goes past the caches.
-const STREAM: usize = 2 << 20;
+/// What comes into a vector of more bytes than this goes past the caches.
+const STREAM: usize = 4 << 20;
 
 #[derive(Default, Clone, Copy)]
 struct Out {
@@ -62,6 +66,10 @@ pub(crate) struct SharedMemory {
     heard: u32,
     spins: u32,
     yields: u32,
+    /// Whether this call's vector is longer than [`STREAM`].
+    large: bool,
+    /// How to wake who sleeps in a poll, where ranks also listen to sockets.
+    bells: Option<Bells>,
 }
 
 impl SharedMemory {
@@ -89,6 +97,29 @@ impl SharedMemory {
             heard: 0,
             spins,
             yields,
+            large: false,
+            bells: None,
+        }
+    }
+
+    /// Gives a socket to each of the other ranks, over which those who sleep in a poll are woken.
+    ///
+    /// # Errors
+    /// [`Error::System`] where a socket can't be set up.
+    pub(crate) fn hang_bells(&mut self, sockets: Vec<Option<Stream>>) -> Result<(), Error> {
+        self.bells = Some(Bells::new(sockets)?);
+        Ok(())
+    }
+
+    /// What ends a sleep in a poll.
+    pub(super) fn bell_interests(&self, interests: &mut Vec<Interest>) {
+        interests.extend(self.bells.iter().flat_map(Bells::interests));
+    }
+
+    /// After a sleep in a poll.
+    pub(super) fn silence_bells(&mut self) {
+        if let Some(bells) = &mut self.bells {
+            bells.silence();
         }
     }
 
@@ -132,14 +163,23 @@ impl SharedMemory {
         if out.published != out.head {
             out.published = out.head;
             self.map.head(self.rank, to).store(out.head, Ordering::Release);
-            self.map.ring_if_asleep(to);
+            self.tell(to);
         }
     }
 
     fn consume(&mut self, from: usize, bytes: usize) {
         self.ins[from].tail += bytes as u64;
         self.map.tail(from, self.rank).store(self.ins[from].tail, Ordering::Release);
-        self.map.ring_if_asleep(from);
+        self.tell(from);
+    }
+
+    /// After a store of a head or tail that `peer` may wait for: wakes it if it sleeps.
+    fn tell(&self, peer: usize) {
+        match (self.map.sleeps(peer), &self.bells) {
+            (Sleep::Awake, _) => {}
+            (Sleep::Poll, Some(bells)) => bells.ring(&self.map, peer),
+            _ => self.map.ring(peer),
+        }
     }
 
     fn write(&mut self, to: usize, bytes: &[u8]) {
@@ -148,7 +188,53 @@ impl SharedMemory {
         out.head += bytes.len() as u64;
     }
 
-    fn is_ready(&self, sends: &[usize], recvs: &[usize]) -> bool {
+    /// Waits without sleeping, for some microseconds. `true` where a stream is ready; `woken` ends it too.
+    pub(super) fn spin(&self, sends: &[usize], recvs: &[usize], mut woken: impl FnMut() -> bool) -> bool {
+        // Two ranks that take turns sleeping can end up on one core, where the scheduler sees nothing to balance and
+        // every spin keeps the other from its work. So there both stay runnable and take turns by yielding, until one
+        // of them is moved.
+        let core = self.map.core(self.rank);
+        let here = mapping::current_core();
+        core.store(here, Ordering::Relaxed);
+        let stacked =
+            sends.iter().chain(recvs).any(|peer| self.map.core(*peer).load(Ordering::Relaxed) == here);
+        if stacked && self.yields == 0 {
+            for _ in 0..STACKED_YIELDS {
+                std::thread::yield_now();
+                if self.is_ready(sends, recvs) || woken() {
+                    break;
+                }
+            }
+            core.store(mapping::current_core(), Ordering::Relaxed);
+        }
+        for spin in 0..self.spins {
+            if self.is_ready(sends, recvs) {
+                return true;
+            }
+            if spin % 64 == 63 && woken() {
+                break;
+            }
+            std::hint::spin_loop();
+        }
+        for _ in 0..self.yields {
+            std::thread::yield_now();
+            if self.is_ready(sends, recvs) {
+                return true;
+            }
+        }
+        false
+    }
+
+    /// Says that this rank sleeps in a poll from now on, or doesn't any more.
+    pub(super) fn sleeps_in_poll(&self, sleeps: bool) {
+        let state = if sleeps { Sleep::Poll } else { Sleep::Awake };
+        self.map.asleep(self.rank).store(state as u32, Ordering::SeqCst);
+        // Pairs with the fence in `sleeps`, as in `wait`.
+        fence(Ordering::SeqCst);
+    }
+
+    /// Whether a stream to one of `sends` has room, or one from `recvs` bytes.
+    pub(super) fn is_ready(&self, sends: &[usize], recvs: &[usize]) -> bool {
         recvs
             .iter()
             .any(|from| self.map.head(*from, self.rank).load(Ordering::Acquire) > self.ins[*from].tail)
@@ -163,6 +249,10 @@ impl SharedMemory {
 impl Transport for SharedMemory {
     fn kind(&self) -> TransportKind {
         TransportKind::SharedMemory
+    }
+
+    fn begin(&mut self, bytes: usize) {
+        self.large = bytes > STREAM;
     }
 
     fn open_send(&mut self, to: usize, header: &[u8; 64]) -> Result<bool, Fault> {
@@ -189,7 +279,7 @@ impl Transport for SharedMemory {
         self.map.tail(from, self.rank).store(tail, Ordering::Release);
         // The bytes that follow will ring the bell; a run of empty streams does it now and then.
         if tail % (self.capacity() / 4) < ALIGN {
-            self.map.ring_if_asleep(from);
+            self.tell(from);
         }
         Ok(Some(header))
     }
@@ -206,13 +296,12 @@ impl Transport for SharedMemory {
     }
 
     fn recv(&mut self, from: usize, into: &mut [u8]) -> Result<usize, Fault> {
-        let large = into.len() > STREAM;
         let want = into.len().min(PIECE);
         let here = self.available(from, want as u64)? as usize;
         let bytes = self.map.readable(from, self.rank, self.ins[from].tail, want.min(here));
         let len = bytes.len();
         if len > 0 {
-            if large {
+            if self.large {
                 stream::copy(&mut into[..len], bytes);
             } else {
                 into[..len].copy_from_slice(bytes);
@@ -248,46 +337,17 @@ impl Transport for SharedMemory {
 
     fn wait(&mut self, sends: &[usize], recvs: &[usize], timeout: Duration) {
         let bell = self.map.doorbell(self.rank);
-        // Two ranks that take turns sleeping can end up on one core, where the scheduler sees nothing to balance and
-        // every spin keeps the other from its work. So there both stay runnable and take turns by yielding, until one
-        // of them is moved.
-        let core = self.map.core(self.rank);
-        let here = mapping::current_core();
-        core.store(here, Ordering::Relaxed);
-        let stacked =
-            sends.iter().chain(recvs).any(|peer| self.map.core(*peer).load(Ordering::Relaxed) == here);
-        if stacked && self.yields == 0 {
-            for _ in 0..STACKED_YIELDS {
-                std::thread::yield_now();
-                if self.is_ready(sends, recvs) || bell.load(Ordering::Acquire) != self.heard {
-                    break;
-                }
-            }
-            core.store(mapping::current_core(), Ordering::Relaxed);
-        }
-        for spin in 0..self.spins {
-            if self.is_ready(sends, recvs) {
-                return;
-            }
-            if spin % 64 == 63 && bell.load(Ordering::Acquire) != self.heard {
-                break;
-            }
-            std::hint::spin_loop();
-        }
-        for _ in 0..self.yields {
-            std::thread::yield_now();
-            if self.is_ready(sends, recvs) {
-                return;
-            }
+        if self.spin(sends, recvs, || bell.load(Ordering::Acquire) != self.heard) {
+            return;
         }
         let asleep = self.map.asleep(self.rank);
-        asleep.store(1, Ordering::SeqCst);
-        // Pairs with the fence in `ring_if_asleep`: either we see the new position, or the peer sees that we sleep.
+        asleep.store(Sleep::Futex as u32, Ordering::SeqCst);
+        // Pairs with the fence in `sleeps`: either we see the new position, or the peer sees that we sleep.
         fence(Ordering::SeqCst);
         if !self.is_ready(sends, recvs) && bell.load(Ordering::SeqCst) == self.heard {
             self.map.sleep(self.rank, self.heard, timeout);
         }
-        asleep.store(0, Ordering::Relaxed);
+        asleep.store(Sleep::Awake as u32, Ordering::Relaxed);
         self.heard = bell.load(Ordering::SeqCst);
     }
 

@@ -103,6 +103,33 @@ impl Tcp {
     }
 }
 
+impl Tcp {
+    /// What a wait is about: first the waker, then the sockets.
+    pub(super) fn interests(&self, sends: &[usize], recvs: &[usize], interests: &mut Vec<Interest>) {
+        interests.push(Interest { fd: self.wake.0.as_raw_fd(), read: true, write: false });
+        for to in sends {
+            let Some(peer) = &self.peers[*to] else { continue };
+            // With frames under way, only their connections matter: a free one would be writable at once.
+            let framed = peer.out.iter().map(|frame| &peer.connections[frame.connection]);
+            let pending = peer.connections.iter().filter(|connection| connection.pending());
+            let fds = framed.chain(pending).map(Stream::as_raw_fd);
+            interests.extend(fds.map(|fd| Interest { fd, read: false, write: true }));
+        }
+        for from in recvs {
+            let Some(peer) = &self.peers[*from] else { continue };
+            let connection = (peer.in_number % peer.connections.len() as u64) as usize;
+            let fd = peer.connections[connection].as_raw_fd();
+            interests.push(Interest { fd, read: true, write: false });
+        }
+    }
+
+    /// Takes what the waker wrote.
+    pub(super) fn awake(&self) {
+        let mut bytes = [0; 64];
+        while matches!((&self.wake.0).read(&mut bytes), Ok(n) if n > 0) {}
+    }
+}
+
 fn lost(peer: usize, error: &io::Error) -> Fault {
     Fault::Lost { peer, how: error.to_string() }
 }
@@ -336,32 +363,12 @@ impl Transport for Tcp {
     }
 
     fn wait(&mut self, sends: &[usize], recvs: &[usize], timeout: Duration) {
-        let mut interests = vec![Interest { fd: self.wake.0.as_raw_fd(), read: true, write: false }];
-        for to in sends {
-            let Some(peer) = &self.peers[*to] else { continue };
-            // With frames under way, only their connections matter: a free one would be writable at once.
-            for connection in peer.out.iter().map(|frame| frame.connection) {
-                let fd = peer.connections[connection].as_raw_fd();
-                interests.push(Interest { fd, read: false, write: true });
-            }
-            for connection in peer.connections.iter().filter(|connection| connection.pending()) {
-                interests.push(Interest { fd: connection.as_raw_fd(), read: false, write: true });
-            }
-        }
-        for from in recvs {
-            let Some(peer) = &self.peers[*from] else { continue };
-            let connection = (peer.in_number % peer.connections.len() as u64) as usize;
-            interests.push(Interest {
-                fd: peer.connections[connection].as_raw_fd(),
-                read: true,
-                write: false,
-            });
-        }
+        let mut interests = Vec::new();
+        self.interests(sends, recvs, &mut interests);
         let mut ready = Vec::new();
         poll(&interests, timeout, &mut ready);
         if ready.first() == Some(&true) {
-            let mut bytes = [0; 64];
-            while matches!((&self.wake.0).read(&mut bytes), Ok(n) if n > 0) {}
+            self.awake();
         }
     }
 

@@ -21,7 +21,8 @@ pub fn clock_us() -> u128 {
 pub fn live() {
     let Ok(address) = std::env::var("WORKER_STORE") else { return };
     let kind = std::env::var("WORKER_TRANSPORT").ok().and_then(|name| TransportKind::by_name(&name));
-    let options = JoinOptions { transport: kind, silence: SILENCE, ..JoinOptions::new(address, TOKEN) };
+    let host = std::env::var("WORKER_HOST").ok();
+    let options = JoinOptions { transport: kind, host, silence: SILENCE, ..JoinOptions::new(address, TOKEN) };
     let mut group = Group::join(options).unwrap();
     println!("\njoined {} {} {}", group.rank(), std::process::id(), group.transport().name());
     let mut buffer = vec![0f32; 200_000];
@@ -63,6 +64,16 @@ pub struct Worker {
 impl Worker {
     /// Starts one, in a network namespace if one is named.
     pub fn start(store: &str, kind: Option<TransportKind>, namespace: Option<&str>) -> Self {
+        Self::on_host(store, kind, namespace, None)
+    }
+
+    /// Starts one that says that it is on this host.
+    pub fn on_host(
+        store: &str,
+        kind: Option<TransportKind>,
+        namespace: Option<&str>,
+        host: Option<usize>,
+    ) -> Self {
         let itself = std::env::current_exe().unwrap();
         let mut command = match namespace {
             None => Command::new(itself),
@@ -75,6 +86,9 @@ impl Worker {
         command.args(["--exact", "worker_process", "--nocapture"]).env("WORKER_STORE", store);
         if let Some(kind) = kind {
             command.env("WORKER_TRANSPORT", kind.name());
+        }
+        if let Some(host) = host {
+            command.env("WORKER_HOST", host.to_string());
         }
         let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
         let lines = BufReader::new(child.stdout.take().unwrap()).lines();

@@ -21,6 +21,18 @@ use crate::error::Error;
 const LINE: usize = 128;
 const MAGIC: u64 = 0x3148_534d_4353_4e43;
 
+/// Whether a rank sleeps, and what wakes it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+pub(super) enum Sleep {
+    /// It looks by itself.
+    Awake = 0,
+    /// Its doorbell.
+    Futex = 1,
+    /// A byte on a socket.
+    Poll = 2,
+}
+
 /// A mapped memory file.
 pub(crate) struct Mapping {
     base: NonNull<u8>,
@@ -160,7 +172,7 @@ impl Mapping {
         self.half(LINE + rank * 2 * LINE)
     }
 
-    /// 1 while rank `rank` sleeps, or is about to.
+    /// How rank `rank` sleeps, or is about to: a [`Sleep`].
     pub(crate) fn asleep(&self, rank: usize) -> &AtomicU32 {
         self.half(LINE + rank * 2 * LINE + LINE)
     }
@@ -197,11 +209,13 @@ impl Mapping {
         unsafe { std::slice::from_raw_parts(self.base.as_ptr().add(ring + start), len) }
     }
 
-    /// Wakes `rank` if it sleeps. After a store of a head or tail that it may wait for.
-    pub(crate) fn ring_if_asleep(&self, rank: usize) {
+    /// How `rank` sleeps. To be asked after a store of a head or tail that it may wait for.
+    pub(super) fn sleeps(&self, rank: usize) -> Sleep {
         fence(Ordering::SeqCst);
-        if self.asleep(rank).load(Ordering::Relaxed) != 0 {
-            self.ring(rank);
+        match self.asleep(rank).load(Ordering::Relaxed) {
+            0 => Sleep::Awake,
+            2 => Sleep::Poll,
+            _ => Sleep::Futex,
         }
     }
 

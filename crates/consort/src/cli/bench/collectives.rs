@@ -10,32 +10,39 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail};
 use clap::Args;
-use consort_collectives::bench::{Measured, OPERATIONS, measure};
+use consort_collectives::bench::{Compared, Measured, OPERATIONS, compare, measure};
 use consort_collectives::{Algorithm, Group, JoinOptions, Operation, Store, StoreOptions, TransportKind};
 use serde::Serialize;
+use serde::de::DeserializeOwned;
 
 use crate::cli::UsageError;
-use crate::environment;
+use crate::environment::{self, BenchRank};
 use crate::terminal::{bytes, line, note, table};
 
 /// All-reduce and its relatives between processes of this machine: time and bandwidth by length
 #[derive(Args, Debug)]
 #[command(
-    after_help = "Examples:\n  consort bench collectives\n  consort bench collectives --ranks 4 --transport tls --bytes 4k,1M,64M\n  consort bench collectives --operation all_gather --algorithm ring --json"
+    after_help = "Examples:\n  consort bench collectives\n  consort bench collectives --ranks 4 --transport tls --bytes 4k,1M,64M\n  consort bench collectives --operation all_gather --algorithm ring --json\n  consort bench collectives --tune --transport mixed --ranks 4 --hosts 2"
 )]
 pub(crate) struct CollectivesBench {
     /// Processes
     #[arg(long, short, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u16).range(1..=64))]
     ranks: u16,
-    /// What the bytes go over: shm, tcp or tls
+    /// What the bytes go over: shm, tcp, tls, or mixed (shared memory inside a host, TLS between hosts)
     #[arg(long, value_name = "NAME", default_value = "shm", value_parser = transport)]
     transport: TransportKind,
     /// all_reduce, reduce_scatter, all_gather, broadcast or all_to_all
     #[arg(long, value_name = "NAME", default_value = "all_reduce", value_parser = operation)]
     operation: Operation,
-    /// ring, halving_doubling, tree, one_shot or direct [default: by length]
+    /// ring, halving_doubling, tree, one_shot, direct or hierarchical [default: by length]
     #[arg(long, value_name = "NAME", value_parser = algorithm)]
     algorithm: Option<Algorithm>,
+    /// Divides the processes among so many hosts, which share no memory: a layout to try out on one machine
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=64))]
+    hosts: u16,
+    /// Measures every algorithm for each length, and marks the one that a call takes by itself
+    #[arg(long, conflicts_with = "algorithm")]
+    tune: bool,
     /// Lengths of the vector, with k, M or G for powers of 1024
     #[arg(long, value_name = "BYTES", value_delimiter = ',', value_parser = length, default_value = "4k,16k,64k,256k,1M,4M,16M,64M")]
     bytes: Vec<usize>,
@@ -48,7 +55,7 @@ pub(crate) struct CollectivesBench {
 }
 
 fn transport(name: &str) -> Result<TransportKind, String> {
-    TransportKind::by_name(name).ok_or_else(|| "write shm, tcp or tls".into())
+    TransportKind::by_name(name).ok_or_else(|| "write shm, tcp, tls or mixed".into())
 }
 
 fn operation(name: &str) -> Result<Operation, String> {
@@ -103,14 +110,21 @@ impl Drop for Ranks {
 
 impl CollectivesBench {
     pub(crate) fn run(self) -> Result<()> {
-        if let Some((store, token)) = environment::bench_rank() {
-            return self.rank(&store, &token);
+        if let Some(rank) = environment::bench_rank() {
+            return self.rank(rank);
         }
         if let Some(algorithm) = self.algorithm.filter(|a| !Algorithm::of(self.operation).contains(a)) {
             let known: Vec<&str> = Algorithm::of(self.operation).iter().map(|a| a.name()).collect();
             let (operation, algorithm) = (self.operation.name(), algorithm.name());
             let what = format!("{operation} has no algorithm {algorithm}; it has {}", known.join(", "));
             return Err(UsageError(what).into());
+        }
+        if self.transport == TransportKind::SharedMemory && self.hosts > 1 {
+            let what = format!("{} hosts share no memory; use --transport mixed, tcp or tls", self.hosts);
+            return Err(UsageError(what).into());
+        }
+        if self.tune {
+            return self.show_tuned(&self.launch()?);
         }
         let lengths = self.launch()?;
         let report = Report {
@@ -133,7 +147,27 @@ impl CollectivesBench {
         Ok(())
     }
 
-    fn launch(&self) -> Result<Vec<Measured>> {
+    /// A row a length, a column an algorithm.
+    fn show_tuned(&self, lengths: &[Compared]) -> Result<()> {
+        if self.json {
+            return Ok(line(serde_json::to_string_pretty(lengths)?)?);
+        }
+        let names = Algorithm::of(self.operation).iter().map(|algorithm| algorithm.name().to_owned());
+        let mut rows: Vec<Vec<String>> = vec![std::iter::once("vector".to_owned()).chain(names).collect()];
+        for compared in lengths {
+            let cell = |timed: &consort_collectives::bench::Timed| {
+                let mark = if timed.algorithm == compared.chosen { "*" } else { " " };
+                format!("{:.1}{mark}", timed.micros)
+            };
+            let length = std::iter::once(bytes(compared.bytes as u64));
+            rows.push(length.chain(compared.times.iter().map(cell)).collect());
+        }
+        table(&rows).into_iter().try_for_each(line)?;
+        note("microseconds of a call; * is what a call takes by itself");
+        Ok(())
+    }
+
+    fn launch<T: DeserializeOwned>(&self) -> Result<Vec<T>> {
         if !self.json {
             let (operation, transport) = (self.operation.name(), self.transport.name());
             note(&format!(
@@ -148,10 +182,15 @@ impl CollectivesBench {
         let store = Store::listen("127.0.0.1:0", token.as_bytes(), StoreOptions::new(self.ranks.into()))?;
         let itself = std::env::current_exe().context("cannot find this program to start the ranks")?;
         let mut ranks = Ranks(Vec::new());
-        for _ in 0..self.ranks {
+        for rank in 0..self.ranks {
             let mut command = Command::new(&itself);
             command.args(std::env::args_os().skip(1));
-            environment::for_bench_rank(&mut command, &store.address().to_string(), &token);
+            let rank = BenchRank {
+                store: store.address().to_string(),
+                token: token.clone(),
+                host: format!("host {}", usize::from(rank) * usize::from(self.hosts) / usize::from(self.ranks)),
+            };
+            environment::for_bench_rank(&mut command, &rank);
             ranks.0.push(
                 command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn().context("cannot start a rank")?,
             );
@@ -161,7 +200,7 @@ impl CollectivesBench {
             let Some(out) = child.stdout.take() else { continue };
             for said in BufReader::new(out).lines() {
                 lengths.push(
-                    serde_json::from_str::<Measured>(&said?).context("a rank printed what it should not")?,
+                    serde_json::from_str::<T>(&said?).context("a rank printed what it should not")?,
                 );
             }
             let status = child.wait().context("a rank is gone")?;
@@ -172,16 +211,23 @@ impl CollectivesBench {
         Ok(lengths)
     }
 
-    fn rank(&self, store: &str, token: &str) -> Result<()> {
-        let options =
-            JoinOptions { transport: Some(self.transport), ..JoinOptions::new(store, token.as_bytes()) };
+    fn rank(&self, rank: BenchRank) -> Result<()> {
+        let options = JoinOptions {
+            transport: Some(self.transport),
+            host: Some(rank.host),
+            ..JoinOptions::new(rank.store, rank.token.as_bytes())
+        };
         let mut group = Group::join(options)?;
         group.set_algorithm(self.algorithm);
+        let budget = Duration::from_secs_f64(self.seconds);
         for bytes in &self.bytes {
-            let measured =
-                measure(&mut group, self.operation, *bytes, Duration::from_secs_f64(self.seconds))?;
+            let said = if self.tune {
+                serde_json::to_string(&compare(&mut group, self.operation, *bytes, budget)?)?
+            } else {
+                serde_json::to_string(&measure(&mut group, self.operation, *bytes, budget)?)?
+            };
             if group.rank() == 0 {
-                line(serde_json::to_string(&measured)?)?;
+                line(said)?;
             }
         }
         Ok(())
