@@ -111,8 +111,7 @@ pub(crate) fn tune(root: &Path, arguments: &TuneArguments) -> Result<()> {
                 command.args(lengths().iter().map(usize::to_string));
                 command.env("BENCH_SECONDS", arguments.seconds.to_string());
                 command.env("BENCH_HOSTS", hosts.to_string());
-                let times =
-                    cases.entry((operation.into(), (*transport).into(), *ranks)).or_default();
+                let times = cases.entry((operation.into(), (*transport).into(), *ranks)).or_default();
                 for line in output(&mut command)?.lines() {
                     let said: Compared = serde_json::from_str(line).context("the benchmark said")?;
                     if said.operation != operation {
@@ -139,7 +138,8 @@ pub(crate) fn tune(root: &Path, arguments: &TuneArguments) -> Result<()> {
     for (operation, variant) in OPERATIONS {
         for (transport, kind, ranks, hosts) in WAYS {
             let times = find(operation, transport, ranks);
-            let times = times.with_context(|| format!("{transport}/{ranks} was never measured: leave --only out"))?;
+            let times =
+                times.with_context(|| format!("{transport}/{ranks} was never measured: leave --only out"))?;
             let best = best(times);
             writeln!(code, "{}", row(variant, kind, ranks, &best))?;
             page += &table(operation, transport, ranks, hosts, times, &best);
@@ -238,7 +238,8 @@ fn table(
         return String::new();
     };
     let on = if hosts == 1 { String::new() } else { format!(" on {hosts} hosts") };
-    let mut text = format!("\n## {operation}, {transport}, {ranks} ranks{on}\n\n| vector | {} |\n", names.join(" | "));
+    let mut text =
+        format!("\n## {operation}, {transport}, {ranks} ranks{on}\n\n| vector | {} |\n", names.join(" | "));
     text += &format!("|---{}|\n", "|--:".repeat(names.len()));
     for ((bytes, by), (_, chosen)) in times.iter().zip(best) {
         let cell = |name: &String| {
@@ -266,7 +267,8 @@ mod tests {
             BTreeMap::from([("one_shot".to_owned(), vec![tree]), ("ring".to_owned(), vec![ring, ring, 1e9])])
         };
         let times: Times =
-            [(256, of(1.0, 2.0)), (1024, of(2.0, 1.95)), (4096, of(9.0, 3.0)), (16384, of(11.0, 12.0))].into();
+            [(256, of(1.0, 2.0)), (1024, of(2.0, 1.95)), (4096, of(9.0, 3.0)), (16384, of(11.0, 12.0))]
+                .into();
         let best = best(&times);
         let names: Vec<&str> = best.iter().map(|(_, name)| name.as_str()).collect();
         assert_eq!(names, ["one_shot", "one_shot", "ring", "ring"]);

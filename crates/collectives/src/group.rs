@@ -235,7 +235,12 @@ impl Group {
         let algorithm = self.algorithm(Operation::AllGather, size_of_val(buffer));
         let mut spec = Spec::new::<T>(Operation::AllGather, algorithm, buffer.len());
         (spec.layout, spec.repeats) = (digest(counts), false);
-        self.run(spec, |shape| schedule::all_gather(algorithm, shape, Some(&offsets)), bytes_of_mut(buffer), &[])
+        self.run(
+            spec,
+            |shape| schedule::all_gather(algorithm, shape, Some(&offsets)),
+            bytes_of_mut(buffer),
+            &[],
+        )
     }
 
     /// Fills every rank's `buffer` with the root's.
@@ -287,7 +292,12 @@ impl Group {
         }
         let mut spec = Spec::new::<T>(Operation::AllToAll, Algorithm::OneShot, 0);
         spec.repeats = false;
-        self.run(spec, |shape| schedule::all_to_all(shape, &sends, &recvs), bytes_of_mut(output), bytes_of(input))
+        self.run(
+            spec,
+            |shape| schedule::all_to_all(shape, &sends, &recvs),
+            bytes_of_mut(output),
+            bytes_of(input),
+        )
     }
 
     /// Brings every rank's `input` (`counts[r]` elements of rank r) to the root's `output`, one after the other. Other
@@ -331,7 +341,12 @@ impl Group {
         self.fits("scatter", [(input.len(), expected), (output.len(), counts[self.rank])])?;
         let mut spec = Spec::new::<T>(Operation::Scatter, Algorithm::OneShot, total);
         (spec.root, spec.layout, spec.repeats) = (root as u32, digest(counts), false);
-        self.run(spec, |shape| schedule::scatter(shape, root, &offsets), bytes_of_mut(output), bytes_of(input))
+        self.run(
+            spec,
+            |shape| schedule::scatter(shape, root, &offsets),
+            bytes_of_mut(output),
+            bytes_of(input),
+        )
     }
 
     /// Sends `elements` to one rank, which must call [`Group::recv`] with as many. Returns when they are on their way.
@@ -357,7 +372,7 @@ impl Group {
     pub fn barrier(&mut self) -> Result<(), Error> {
         let mut spec = Spec::new::<u8>(Operation::Barrier, Algorithm::OneShot, 0);
         spec.dtype = DType::None;
-        self.run(spec, |shape| schedule::barrier(shape), &mut [], &[])
+        self.run(spec, schedule::barrier, &mut [], &[])
     }
 
     /// A group of some of this group's ranks, which get new numbers in the order given; `None` on the others. Every
@@ -513,7 +528,7 @@ impl Group {
                 world_size: self.members.len(),
                 count: spec.count,
                 width,
-                pace: Pace::of(self.kind),
+                pace: Pace::of(self.kind, &self.hosts),
                 hosts: &self.hosts,
             })),
         };

@@ -46,14 +46,8 @@ pub enum Algorithm {
 
 impl Algorithm {
     /// All of them.
-    pub const ALL: [Self; 6] = [
-        Self::Ring,
-        Self::HalvingDoubling,
-        Self::Tree,
-        Self::OneShot,
-        Self::Direct,
-        Self::Hierarchical,
-    ];
+    pub const ALL: [Self; 6] =
+        [Self::Ring, Self::HalvingDoubling, Self::Tree, Self::OneShot, Self::Direct, Self::Hierarchical];
 
     /// The name by which it can be asked for.
     pub fn name(self) -> &'static str {

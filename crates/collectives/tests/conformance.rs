@@ -7,7 +7,9 @@ mod common;
 
 use common::{KINDS, world, world_on};
 use consort_base::Philox;
-use consort_collectives::{Algorithm, Error, Group, JoinOptions, Operation, Queue, Reduce, ReduceOp, TransportKind, chunk};
+use consort_collectives::{
+    Algorithm, Error, Group, JoinOptions, Operation, Queue, Reduce, ReduceOp, TransportKind, chunk,
+};
 use half::{bf16, f16};
 
 const LENGTHS: [usize; 5] = [0, 1, 17, 2_999, 150_001];
@@ -300,7 +302,8 @@ fn ranks_that_share_a_host_share_memory() {
                 scope.spawn(move || {
                     let mut group = Group::join(options).unwrap();
                     assert_eq!(group.transport(), kind);
-                    let together = group.hosts().iter().filter(|h| **h == group.hosts()[group.rank()]).count();
+                    let together =
+                        group.hosts().iter().filter(|h| **h == group.hosts()[group.rank()]).count();
                     assert_eq!(together, hosts.iter().filter(|other| *other == host).count());
                     let mut all = vec![1i32; 100_000];
                     group.all_reduce(&mut all, ReduceOp::Sum).unwrap();

@@ -23,8 +23,9 @@ fn one_of_four(kind: TransportKind, signal: &str) {
     let store = store(4);
     // Two and two, where that makes a difference.
     let host = |rank: usize| (kind == TransportKind::Mixed).then_some(rank / 2);
-    let mut workers: Vec<Worker> =
-        (0..4).map(|rank| Worker::on_host(&store.address().to_string(), Some(kind), None, host(rank))).collect();
+    let mut workers: Vec<Worker> = (0..4)
+        .map(|rank| Worker::on_host(&store.address().to_string(), Some(kind), None, host(rank)))
+        .collect();
     let ranks: Vec<usize> =
         workers.iter_mut().map(|w| w.says("joined").split(' ').next().unwrap().parse().unwrap()).collect();
     // They are in the middle of reducing: any moment will do, and each run takes another one.

@@ -4,7 +4,7 @@
 
 mod parallel_support;
 
-use consort_collectives::{Algorithm, TransportKind};
+use consort_collectives::{Algorithm, JoinOptions, TransportKind};
 use consort_training::parallel::{
     Control, Event, Finished, Membership, Outer, Plan, Reason, Samples, Wire, Worker, seen,
 };
@@ -25,9 +25,13 @@ fn together(plan: &Plan, dropout: f32, workers: usize, kind: TransportKind) -> V
     let store = store(workers);
     let address = store.address().to_string();
     std::thread::scope(|scope| {
-        let all: Vec<_> = (0..workers)
-            .map(|_| scope.spawn(|| run(plan, dropout, Membership::Group(options(&address, kind)))))
-            .collect();
+        let start = |worker: usize| {
+            // Where it makes a difference, on two hosts by turns.
+            let host = (kind == TransportKind::Mixed).then(|| (worker % 2).to_string());
+            let options = JoinOptions { host, ..options(&address, kind) };
+            scope.spawn(move || run(plan, dropout, Membership::Group(options)))
+        };
+        let all: Vec<_> = (0..workers).map(start).collect();
         all.into_iter().map(|worker| worker.join().unwrap()).collect()
     })
 }
@@ -58,6 +62,7 @@ fn any_number_of_workers_and_any_algorithm_come_to_the_same_weights() {
         ]);
     }
     runs.extend([(7, Some(Algorithm::Tree), TransportKind::Tcp), (9, None, shm)]);
+    runs.extend([None, Some(Algorithm::Hierarchical)].map(|any| (5, any, TransportKind::Mixed)));
     for (workers, algorithm, kind) in runs {
         let plan = Plan { algorithm, ..plan.clone() };
         for (finished, events) in together(&plan, 0.0, workers, kind) {

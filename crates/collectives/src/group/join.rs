@@ -193,7 +193,9 @@ impl Meeting {
         let silence = ticket.options.silence;
         let kind = choose(&begin.members)?;
         let identity = match kind {
-            TransportKind::Tls | TransportKind::Mixed => Some(self.key.identity(&begin.certificate, &begin.authority)?),
+            TransportKind::Tls | TransportKind::Mixed => {
+                Some(self.key.identity(&begin.certificate, &begin.authority)?)
+            }
             _ => None,
         };
         let (n, rank) = (begin.members.len(), begin.rank);

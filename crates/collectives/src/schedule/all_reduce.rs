@@ -77,7 +77,7 @@ pub(super) fn ring(
 /// For any world size: with p the largest power of two within it, the first 2·(n−p) ranks pair up, and of each pair the
 /// odd one computes for both. Sum: pairs (2i + (2i+1)) first, then a balanced tree over the p, nearest distance last.
 fn halving_doubling(shape: Shape<'_>, steps: &mut Vec<Step>) {
-    let Shape { rank, world_size, count, width } = shape;
+    let Shape { rank, world_size, count, width, .. } = shape;
     let power = 1 << world_size.ilog2();
     let extra = world_size - power;
     let whole = shape.whole();

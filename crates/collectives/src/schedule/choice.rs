@@ -72,10 +72,12 @@ mod tests {
 
     #[test]
     fn the_layout_of_hosts_decides_what_a_mixed_group_is() {
-        let choose = |kind, hosts: &[usize], bytes| Algorithm::choose(Operation::AllReduce, kind, hosts, bytes);
+        let choose =
+            |kind, hosts: &[usize], bytes| Algorithm::choose(Operation::AllReduce, kind, hosts, bytes);
         let lengths = || (6..30).map(|power| 1 << power);
         assert!(lengths().all(|bytes| {
-            choose(TransportKind::Mixed, &[4, 4], bytes) == choose(TransportKind::SharedMemory, &[0, 0], bytes)
+            choose(TransportKind::Mixed, &[4, 4], bytes)
+                == choose(TransportKind::SharedMemory, &[0, 0], bytes)
                 && choose(TransportKind::Mixed, &[0, 1], bytes) == choose(TransportKind::Tls, &[0, 0], bytes)
         }));
         // Half the bytes over the slow link.

@@ -128,8 +128,14 @@ mod tests {
     fn between_hosts(hosts: &[usize], count: usize, algorithm: Algorithm) -> Vec<usize> {
         let mut sent = vec![0; hosts.iter().max().map_or(0, |most| most + 1)];
         for rank in 0..hosts.len() {
-            let shape =
-                Shape { rank, world_size: hosts.len(), count, width: 1, pace: Pace { piece: 7, lead: 2 }, hosts };
+            let shape = Shape {
+                rank,
+                world_size: hosts.len(),
+                count,
+                width: 1,
+                pace: Pace { piece: 7, lead: 2 },
+                hosts,
+            };
             for step in all_reduce(algorithm, shape) {
                 if let Action::Send(to) = step.action
                     && hosts[to] != hosts[rank]

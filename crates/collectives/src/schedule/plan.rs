@@ -134,11 +134,17 @@ impl Plan {
     }
 }
 
+struct Touch {
+    step: usize,
+    len: usize,
+    writes: bool,
+}
+
 /// The bytes that the steps so far touch.
 #[derive(Default)]
 struct Touched {
-    /// By region and first byte: (step, bytes, whether it writes them).
-    spans: BTreeMap<(usize, usize), Vec<(usize, usize, bool)>>,
+    /// By region and first byte.
+    spans: BTreeMap<(usize, usize), Vec<Touch>>,
     /// The most bytes that one touches, by region.
     longest: [usize; 3],
 }
@@ -154,18 +160,19 @@ impl Touched {
             let first = (span.start + 1).saturating_sub(self.longest[region]);
             let near = self.spans.range((region, first)..(region, span.start + span.len));
             for ((_, from), before) in near {
-                hazards.extend(
-                    before
-                        .iter()
-                        .filter(|(_, len, wrote)| from + len > span.start && (writes || *wrote))
-                        .map(|(earlier, ..)| Hazard { earlier: *earlier, from: *from, mine: span.start }),
-                );
+                let clashes = |touch: &&Touch| from + touch.len > span.start && (writes || touch.writes);
+                hazards.extend(before.iter().filter(clashes).map(|touch| Hazard {
+                    earlier: touch.step,
+                    from: *from,
+                    mine: span.start,
+                }));
             }
         }
         for (span, writes) in mine().filter(|(span, _)| span.len > 0) {
             let region = span.region as usize;
             self.longest[region] = self.longest[region].max(span.len);
-            self.spans.entry((region, span.start)).or_default().push((index, span.len, writes));
+            let touch = Touch { step: index, len: span.len, writes };
+            self.spans.entry((region, span.start)).or_default().push(touch);
         }
         hazards
     }
@@ -272,7 +279,10 @@ mod tests {
                             })
                             .collect();
                         for (rank, got) in run(nodes, &mut random(seed)).into_iter().enumerate() {
-                            assert_eq!(got, want, "{algorithm:?} rank {rank} of {world_size} on {hosts:?} seed {seed}");
+                            assert_eq!(
+                                got, want,
+                                "{algorithm:?} rank {rank} of {world_size} on {hosts:?} seed {seed}"
+                            );
                         }
                     }
                 }

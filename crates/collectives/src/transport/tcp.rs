@@ -24,8 +24,8 @@ const HEAD: usize = 20;
 const MAGIC: u32 = 0x4652_4143;
 const OPEN: u8 = 1;
 const DATA: u8 = 2;
-/// Bytes read ahead of a reduction: they stay in the first cache.
-const STAGE: usize = 64 << 10;
+/// Bytes read ahead of a reduction: a piece of a chunk, which stays in the second cache.
+const STAGE: usize = 128 << 10;
 
 fn frame_head(kind: u8, len: usize, number: u64) -> [u8; HEAD] {
     let mut head = [0; HEAD];

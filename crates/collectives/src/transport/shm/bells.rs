@@ -26,7 +26,8 @@ impl Bells {
     /// Wakes `peer`, unless somebody has.
     pub(super) fn ring(&self, map: &Mapping, peer: usize) {
         let (poll, awake) = (Sleep::Poll as u32, Sleep::Awake as u32);
-        let first = map.asleep(peer).compare_exchange(poll, awake, Ordering::SeqCst, Ordering::SeqCst).is_ok();
+        let first =
+            map.asleep(peer).compare_exchange(poll, awake, Ordering::SeqCst, Ordering::SeqCst).is_ok();
         if let (true, Some(socket)) = (first, &self.0[peer]) {
             // A full socket wakes as well; of one that is closed the control plane knows.
             let _ = (&mut &*socket).write(&[1]);

@@ -188,7 +188,10 @@ impl CollectivesBench {
             let rank = BenchRank {
                 store: store.address().to_string(),
                 token: token.clone(),
-                host: format!("host {}", usize::from(rank) * usize::from(self.hosts) / usize::from(self.ranks)),
+                host: format!(
+                    "host {}",
+                    usize::from(rank) * usize::from(self.hosts) / usize::from(self.ranks)
+                ),
             };
             environment::for_bench_rank(&mut command, &rank);
             ranks.0.push(
@@ -199,9 +202,7 @@ impl CollectivesBench {
         for child in &mut ranks.0 {
             let Some(out) = child.stdout.take() else { continue };
             for said in BufReader::new(out).lines() {
-                lengths.push(
-                    serde_json::from_str::<T>(&said?).context("a rank printed what it should not")?,
-                );
+                lengths.push(serde_json::from_str::<T>(&said?).context("a rank printed what it should not")?);
             }
             let status = child.wait().context("a rank is gone")?;
             if !status.success() {
