@@ -76,6 +76,25 @@ fn weights_wait_until_a_full_disk_has_room() {
     assert_eq!(ended.weights(), expected, "{}", ended.errors);
 }
 
+/// The workers that took the last step are killed, the one among them that kept the weights; with those everything is gone
+/// that was behind the newest checkpoint.
+#[test]
+fn weights_that_are_killed_while_they_wait_are_trained_again() {
+    let expected = expected();
+    let disk = Disk::new(6);
+    let place = place(&disk);
+    let mut training = place.train(&["--json", "--workers", "2"]);
+    let workers = [training.pid(0), training.pid(1)];
+    training.hear("the last checkpoint, of step 60, can't be written: ");
+    disk.free();
+    // One of them has ended.
+    for pid in workers {
+        let _ = Command::new("kill").args(["-KILL", &pid.to_string()]).output();
+    }
+    let ended = training.end();
+    assert_eq!(ended.weights(), expected, "{}", ended.errors);
+}
+
 #[test]
 fn weights_that_nobody_makes_room_for_are_given_up_with_a_word() {
     let disk = Disk::new(6);

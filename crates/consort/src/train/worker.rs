@@ -47,7 +47,7 @@ pub(crate) fn work(meeting: &Meeting, attached: Attached, threads: Option<usize>
     let stop = Arc::new(AtomicBool::new(false));
     match attached {
         Attached::Child => obey(Arc::clone(&stop))?,
-        Attached::Alone => super::launch::on_signal({
+        Attached::Alone => crate::signals::on_stop({
             let stop = Arc::clone(&stop);
             move || {
                 note("stopping behind this step, with a checkpoint");
