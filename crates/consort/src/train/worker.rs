@@ -94,6 +94,8 @@ fn run(
     };
     let mut join = JoinOptions::new(&meeting.store, meeting.token.as_bytes());
     join.deadline = job.train.deadline;
+    // A newcomer is let in at a step's end, so it waits for as long as a step may take.
+    join.join_deadline = join.join_deadline.max(job.train.deadline);
     join.silence = meeting.silence;
     let mut worker =
         Worker::new(trainer, &dataset, job.plan(meeting.steps), Membership::Group(join), Some(checkpoints))?;

@@ -25,6 +25,8 @@ pub(super) struct Worker {
     pub(super) member: bool,
     /// It keeps weights that can't be written.
     pub(super) holds: bool,
+    /// It has ended well and without the others, who go on.
+    pub(super) strayed: bool,
 }
 
 impl Worker {
@@ -40,6 +42,7 @@ impl Worker {
             failed: false,
             member: false,
             holds: false,
+            strayed: false,
         }
     }
 }

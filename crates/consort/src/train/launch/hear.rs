@@ -40,6 +40,12 @@ impl Watch<'_> {
 
     fn ended(&mut self, number: usize, finished: Finished) -> Result<()> {
         let worker = &mut self.workers[number];
+        if let Reason::StoreGone { message } = &finished.reason {
+            // Our store is there, so this worker has lost its way to it and not the job its end.
+            worker.strayed = true;
+            self.show.say(&format!("worker {number} found no way back to the others: {message}"));
+            return Ok(());
+        }
         worker.shown.done = true;
         self.given_up |= worker.holds && self.saved != Some(finished.steps);
         if let Some(other) = &self.finished

@@ -154,7 +154,7 @@ impl<'a> Watch<'a> {
         let worker = &mut self.workers[number];
         worker.shown.started(pid);
         (worker.child, worker.failed) = (Some((child, input)), false);
-        (worker.member, worker.holds) = (false, false);
+        (worker.member, worker.holds, worker.strayed) = (false, false, false);
         self.show.say(&format!("{} is process {pid}", self.name(number)));
         Ok(())
     }
@@ -316,10 +316,10 @@ impl<'a> Watch<'a> {
         drop(input);
         let status = reap(&mut child)?;
         worker.shown.pid = None;
-        if worker.shown.done || status.success() {
+        if worker.shown.done || (status.success() && !worker.strayed) {
             return Ok(());
         }
-        let how = how(status);
+        let how = if worker.strayed { "strayed".to_owned() } else { how(status) };
         self.unaccounted += usize::from(number < self.trainers);
         let name = self.name(number);
         if self.leaving.is_none() {
