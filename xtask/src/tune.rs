@@ -82,7 +82,7 @@ const WAYS: [(&str, &str, u32, u32); 7] = [
 const WORTH: f64 = 1.1;
 
 fn lengths() -> Vec<usize> {
-    (8..=24).step_by(2).chain([25]).map(|power| 1 << power).collect()
+    (8..=24).step_by(2).map(|power| 1 << power).collect()
 }
 
 /// Measures, and writes the code and the page.
@@ -140,7 +140,7 @@ pub(crate) fn tune(root: &Path, arguments: &TuneArguments) -> Result<()> {
             let times = find(operation, transport, ranks);
             let times =
                 times.with_context(|| format!("{transport}/{ranks} was never measured: leave --only out"))?;
-            let best = best(times);
+            let best = best(times, operation == "all_reduce" && transport != "shm" && ranks > 2);
             writeln!(code, "{}", row(variant, kind, ranks, &best))?;
             page += &table(operation, transport, ranks, hosts, times, &best);
         }
@@ -155,14 +155,19 @@ pub(crate) fn tune(root: &Path, arguments: &TuneArguments) -> Result<()> {
     Ok(())
 }
 
-/// The algorithm for each length: the fastest, unless the one before it is nearly as fast.
-fn best(times: &Times) -> Vec<(usize, String)> {
+/// The algorithm for each length: the fastest, unless the one before it is nearly as fast. Over a loopback bytes cost
+/// little; over a `link` they are what costs, so there no algorithm that sends whole vectors is taken for long ones.
+fn best(times: &Times, link: bool) -> Vec<(usize, String)> {
     let mut chosen: Vec<(usize, String)> = Vec::new();
     for (bytes, by) in times {
         let micros = |name: &str| by.get(name).map_or(f64::INFINITY, |rounds| median(rounds.clone()));
-        let Some(fastest) = by.keys().min_by(|a, b| micros(a).total_cmp(&micros(b))) else { continue };
+        let fair =
+            |name: &&String| !(link && *bytes >= 1 << 20 && ["tree", "one_shot"].contains(&name.as_str()));
+        let Some(fastest) = by.keys().filter(fair).min_by(|a, b| micros(a).total_cmp(&micros(b))) else {
+            continue;
+        };
         let before = chosen.last().map(|(_, name)| name.clone());
-        let stays = before.filter(|name| micros(name) < micros(fastest) * WORTH);
+        let stays = before.filter(|name| fair(&name) && micros(name) < micros(fastest) * WORTH);
         chosen.push((*bytes, stays.unwrap_or_else(|| fastest.clone())));
     }
     chosen
@@ -219,7 +224,8 @@ fn page_head(arguments: &TuneArguments) -> String {
          them, so their figures say how things are on a full machine and not how they would be with a core for each.\n\n\
          Microseconds of a call over f32, on its slowest rank, the median over rounds. **Bold** is what a call takes when \
          nobody names an algorithm (`Group::set_algorithm`, `--algorithm`): the fastest, unless the one for the next shorter \
-         length is within {:.0} %. *mixed* is shared memory inside each of two hosts, of two ranks each, and TLS between them \
+         length is within {:.0} %; between more than two ranks that don't share memory, for a megabyte and more, only one that \
+         sends no whole vectors, since a loopback doesn't charge for bytes as a link does. *mixed* is shared memory inside each of two hosts, of two ranks each, and TLS between them \
          (both hosts are this machine). `consort bench collectives --tune` measures the same anywhere.\n",
         machine(),
         (WORTH - 1.0) * 100.0,
@@ -269,7 +275,7 @@ mod tests {
         let times: Times =
             [(256, of(1.0, 2.0)), (1024, of(2.0, 1.95)), (4096, of(9.0, 3.0)), (16384, of(11.0, 12.0))]
                 .into();
-        let best = best(&times);
+        let best = best(&times, false);
         let names: Vec<&str> = best.iter().map(|(_, name)| name.as_str()).collect();
         assert_eq!(names, ["one_shot", "one_shot", "ring", "ring"]);
         assert_eq!(

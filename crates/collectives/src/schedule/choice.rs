@@ -21,6 +21,9 @@ pub(super) struct Row {
     pub(super) up_to: &'static [(usize, Algorithm)],
 }
 
+/// Bytes beyond which links decide and not rounds, in worlds larger than any that was measured.
+const LONG: usize = 256 << 10;
+
 impl Algorithm {
     /// The fastest for a vector of `bytes` among ranks on these hosts (one entry a rank), as far as is known.
     pub fn choose(operation: Operation, transport: TransportKind, hosts: &[usize], bytes: usize) -> Self {
@@ -36,6 +39,12 @@ impl Algorithm {
         // The largest world that is no larger than this one, else the smallest.
         let below = rows().filter(|row| row.ranks <= hosts.len()).max_by_key(|row| row.ranks);
         let row = below.or_else(|| rows().min_by_key(|row| row.ranks));
+        // What two or four ranks measured says little of many: there a long vector wants the least bytes for each link.
+        if row.is_some_and(|row| hosts.len() > 2 * row.ranks) && bytes > LONG {
+            let shared =
+                transport == TransportKind::Mixed && Self::of(operation).contains(&Self::Hierarchical);
+            return if shared { Self::Hierarchical } else { Self::Ring };
+        }
         let best = row.and_then(|row| row.up_to.iter().find(|(most, _)| bytes <= *most));
         best.map_or(Self::of(operation)[0], |(_, algorithm)| *algorithm)
     }
@@ -80,6 +89,10 @@ mod tests {
                 == choose(TransportKind::SharedMemory, &[0, 0], bytes)
                 && choose(TransportKind::Mixed, &[0, 1], bytes) == choose(TransportKind::Tls, &[0, 0], bytes)
         }));
+        // Many ranks, of whom nothing was measured.
+        assert_eq!(choose(TransportKind::Tls, &(0..64).collect::<Vec<_>>(), 8 << 20), Algorithm::Ring);
+        let pairs: Vec<usize> = (0..64).map(|rank| rank / 2).collect();
+        assert_eq!(choose(TransportKind::Mixed, &pairs, 8 << 20), Algorithm::Hierarchical);
         // Half the bytes over the slow link.
         assert_eq!(choose(TransportKind::Mixed, &[0, 0, 1, 1], 64 << 20), Algorithm::Hierarchical);
     }
