@@ -47,7 +47,7 @@ impl Load {
         JOBS.map(|(name, _)| name)
     }
 
-    /// One of them: `tiny` (a hundred thousand parameters), `small` (11 million), `smollm2` (SmolLM2-135M's shape).
+    /// One of them: `tiny` (a hundred thousand parameters), `small` (12 million), `smollm2` (SmolLM2-135M's shape).
     pub fn named(name: &str) -> Option<Load> {
         let (name, text) = JOBS.into_iter().find(|(known, _)| *known == name)?;
         let job = job::read(Path::new(name), text).ok()?;
