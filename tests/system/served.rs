@@ -112,6 +112,28 @@ fn a_stopped_server_and_a_stopped_worker_are_passed_over_and_named() {
     assert_eq!(ended.weights(), expected, "{}", ended.errors);
 }
 
+/// Servers that hang all at once, as on a machine that swaps, were given up all at once, and the job with them.
+#[test]
+fn a_job_waits_for_servers_that_all_hang() {
+    let expected = expected();
+    let place = around(STEPS, "", "");
+    let mut training = place.train(&["--json", "--workers", "2"]);
+    let servers = ["server 0", "server 1"].map(|server| training.process(server));
+    training.hear("each with a backup");
+    place.wait_for_step(5);
+    servers.iter().for_each(|pid| send(*pid, Signal::STOP));
+    training.hear("has taken over shard");
+    // The one that is left hangs too.
+    let status = || {
+        let status = consort().args(["train", "status", place.out().to_str().unwrap()]).output().unwrap();
+        String::from_utf8_lossy(&status.stdout).into_owned()
+    };
+    wait("an explanation", || status().contains("everybody waits for shard"));
+    servers.iter().for_each(|pid| send(*pid, Signal::CONT));
+    let ended = training.end();
+    assert_eq!(ended.weights(), expected, "{}", ended.errors);
+}
+
 #[test]
 fn without_waiting_the_loss_falls_though_processes_die() {
     for servers in ["mode = \"asynchronous\"\nreplication = \"async\"", "mode = \"bounded\"\nstaleness = 2"] {

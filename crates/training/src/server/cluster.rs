@@ -9,7 +9,8 @@
 //! - From then on the primary acknowledges nothing that the backup lacks, and can't decide otherwise by itself: it says
 //!   that it suspects its backup, and goes on alone only in the epoch that follows.
 //! - A server that is silent for a lease, or whose connection closes, is lost. A lost primary's backup takes its place; a
-//!   shard without a copy in sync is lost, and the job with it: there is a checkpoint for that.
+//!   shard without a copy in sync is lost, and the job with it: there is a checkpoint for that. So silence alone doesn't
+//!   lose the only holder of a shard: nobody could take its place, and it may only be slow.
 //! - A server that has room becomes the backup of a shard without one.
 
 use std::collections::BTreeMap;
@@ -170,11 +171,23 @@ impl Cluster {
         self.servers.get_mut(&id).map(|server| server.heard = now).is_some()
     }
 
-    /// Time passed: who was silent for the lease is lost.
+    /// Time passed: who was silent for the lease is lost, unless nobody else has what it holds.
     pub fn tick(&mut self, now: Duration) -> Vec<Change> {
         let late = |server: &Server| now.saturating_sub(server.heard) > self.lease;
-        let lost: Vec<ServerId> = self.servers.iter().filter(|(_, s)| late(s)).map(|(id, _)| *id).collect();
-        lost.into_iter().flat_map(|id| self.gone(id)).collect()
+        let late: Vec<ServerId> = self.servers.iter().filter(|(_, s)| late(s)).map(|(id, _)| *id).collect();
+        let mut changes = Vec::new();
+        for id in late {
+            // One after the other: a loss may make the next one the only holder.
+            if !self.only_holder(id) {
+                changes.extend(self.gone(id));
+            }
+        }
+        changes
+    }
+
+    /// Whether a shard would be lost with this server.
+    fn only_holder(&self, id: ServerId) -> bool {
+        self.shards.iter().any(|p| p.primary == Some(id) && !(p.in_sync && p.backup.is_some()))
     }
 
     /// A server is lost.
@@ -345,6 +358,28 @@ mod tests {
             "the newcomer had nothing yet"
         );
         assert!(cluster.routes().is_empty());
+    }
+
+    #[test]
+    fn the_only_holder_of_a_shard_is_waited_for() {
+        let mut cluster = pair();
+        for shard in 0..2 {
+            let (epoch, primary) = (cluster.placements()[shard].epoch, shard as u64 + 1);
+            assert_eq!(cluster.in_sync(primary, shard, epoch).len(), 1);
+        }
+        // Both hang: one of them is given up, and then the other has the only copies.
+        let changes = cluster.tick(at(500));
+        assert!(
+            matches!(changes[..], [Change::FailedOver { to: 2, .. }, Change::Unprotected { .. }]),
+            "{changes:?}"
+        );
+        assert_eq!(cluster.tick(at(5000)), []);
+        assert!(cluster.heard(at(5001), 2) && !cluster.heard(at(5001), 1));
+        assert_eq!(cluster.register(at(5002), "a"), 3);
+        let epoch = cluster.placements()[0].epoch;
+        assert_eq!(cluster.in_sync(2, 0, epoch).len(), 1, "it goes on as the primary of both");
+        // Its end is another thing than its silence.
+        assert!(cluster.gone(2).contains(&Change::Lost { shard: 1 }));
     }
 
     #[test]

@@ -107,6 +107,12 @@ pub(super) fn lead(
     }
     leading.lead.load(&begin)?;
     drop(begin);
+    if servers.count == 1 {
+        leading.note(
+            "1 server, without a backup: if it dies, the job stops and goes on from its last checkpoint"
+                .into(),
+        );
+    }
     leading.run(stop).map(Some)
 }
 
