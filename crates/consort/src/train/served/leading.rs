@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Result;
 use consort_tensor::buffer::Buffer;
-use consort_training::checkpoint::{CheckpointConfig, Writer};
+use consort_training::checkpoint::{self, CheckpointConfig, Writer};
 use consort_training::job::Servers;
 use consort_training::parallel::{
     Finished, JobRecord, Membership, Reason, Span, StepEvent, Worker, weights_hash,
@@ -84,6 +84,7 @@ pub(super) fn lead(
         writer: Some(Writer::new(checkpoints, &layout)?),
         saved: None,
         every: job.checkpoints.every,
+        deadline: job.train.deadline,
         servers: *servers,
         members: BTreeSet::new(),
         expected: meeting.workers,
@@ -123,6 +124,8 @@ struct Leading<'a> {
     /// The last step that was given to it.
     saved: Option<u64>,
     every: u64,
+    /// How long servers that don't answer are waited for at the end.
+    deadline: Duration,
     servers: Servers,
     layout: Layout,
     record: JobRecord,
@@ -199,8 +202,15 @@ impl Leading<'_> {
             writer.skip(self.step);
             return Ok(());
         }
-        let all = self.lead.fetch()?;
-        self.write(&all)
+        match self.lead.fetch() {
+            Ok(all) => self.write(&all),
+            // Servers that don't answer for a while cost a checkpoint; that they never do again is the coordinator's to say.
+            Err(error) => {
+                let (step, reason) = (self.step, error.to_string());
+                (self.tell)(Told::Checkpoint(checkpoint::Event::Failed { step, reason }));
+                Ok(())
+            }
+        }
     }
 
     fn write(&mut self, all: &Holdings) -> Result<()> {
@@ -224,7 +234,17 @@ impl Leading<'_> {
         if let Some(writer) = &mut self.writer {
             writer.settle(PATIENCE);
         }
-        let all = self.lead.fetch()?;
+        let until = Instant::now() + self.deadline;
+        let all = loop {
+            match self.lead.fetch() {
+                Ok(all) => break all,
+                Err(error) if Instant::now() >= until => return Err(error.into()),
+                Err(_) => {
+                    self.lead.finished()?;
+                    self.listen();
+                }
+            }
+        };
         if reason == Reason::Done && !self.lead.finished()? {
             return Ok(None);
         }
