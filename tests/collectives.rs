@@ -37,7 +37,7 @@ fn a_table_for_people_and_refusals_that_say_what_would_be_right() {
     assert!(text.starts_with("vector") && text.lines().count() == 2, "{text}");
     for (words, cure) in [
         ("--operation all_gather --algorithm tree", "it has ring, one_shot"),
-        ("--transport ip", "write shm, tcp or tls"),
+        ("--transport ip", "write shm, tcp, tls or mixed"),
         ("--bytes 9T", "at most 1G"),
     ] {
         let out = bench(words);
