@@ -47,7 +47,15 @@ pub(super) fn script(work: &Path) -> Result<PathBuf> {
 /// Loads `address` for so many seconds.
 pub(super) fn burst(cores: &Cores, script: &Path, address: SocketAddr, seconds: u64) -> Result<Burst> {
     let mut command = cores.pinned(cores.load, "wrk");
-    command.args(["-t1", &format!("-c{CONNECTIONS}"), &format!("-d{seconds}s"), "--latency", "-s"]);
+    command.args([
+        "-t1",
+        &format!("-c{CONNECTIONS}"),
+        &format!("-d{seconds}s"),
+        "--timeout",
+        "20s",
+        "--latency",
+        "-s",
+    ]);
     command.arg(script).arg(format!("http://{address}/v1/chat/completions"));
     let text = output(&mut command)?;
     let result = text.lines().find_map(|line| line.strip_prefix("RESULT "));
