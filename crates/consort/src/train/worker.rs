@@ -82,16 +82,7 @@ fn run(
     let threads = threads.unwrap_or(meeting.threads);
     let dataset = prepare::samples(&job, &meeting.prepared, &begun, threads, &mut |_| ())?;
     let trainer = trainer(&job, &begun, meeting.steps, threads)?;
-    let files = files(&begun, &meeting.prepared)?;
-    let checkpoints = CheckpointConfig {
-        location: job.checkpoint_location(),
-        options: environment::s3_options(),
-        keep: job.checkpoints.keep,
-        worker: 0,
-        workers: 1,
-        patience: PATIENCE,
-        files,
-    };
+    let checkpoints = checkpoints(&job, files(&begun, &meeting.prepared)?);
     let mut join = JoinOptions::new(&meeting.store, meeting.token.as_bytes());
     join.deadline = job.train.deadline;
     // A newcomer is let in at a step's end, so it waits for as long as a step may take.
@@ -133,6 +124,19 @@ pub(super) fn trainer(job: &Job, begun: &prepare::Begun, steps: u64, threads: us
         _ => layout.initialize(&Pool::new(threads, cpu), Normal::new(job.seed), trainer.weights_mut()),
     }
     Ok(trainer)
+}
+
+/// Where checkpoints go, with the model's other `files` in each; of one writer, until a job says otherwise.
+pub(super) fn checkpoints(job: &Job, files: BTreeMap<String, Vec<u8>>) -> CheckpointConfig {
+    CheckpointConfig {
+        location: job.checkpoint_location(),
+        options: environment::s3_options(),
+        keep: job.checkpoints.keep,
+        worker: 0,
+        workers: 1,
+        patience: PATIENCE,
+        files,
+    }
 }
 
 /// What every checkpoint has beside the weights, so that it is a model.

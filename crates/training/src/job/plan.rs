@@ -224,12 +224,13 @@ impl fmt::Display for Plan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Plan { steps, parameters, micro_batches, workers, threads, epochs, tokens, machine, .. } = self;
         let (each, more) = (micro_batches / workers, micro_batches % workers);
+        let noun = if *threads == 1 { "thread" } else { "threads" };
         let share = if more == 0 { format!("{each}") } else { format!("{each} or {}", each + 1) };
         writeln!(f, "model        {} parameters", in_count(*parameters))?;
         writeln!(f, "steps        {steps} of about {} tokens, {epochs:.2} epochs", in_count(*tokens as u64))?;
         writeln!(
             f,
-            "a step       {micro_batches} micro-batches; {share} for each of {workers} workers with {threads} threads"
+            "a step       {micro_batches} micro-batches; {share} for each of {workers} workers with {threads} {noun}"
         )?;
         match self.around.iter().find(|process| process.name == "a server").map(|process| process.count) {
             None => {}

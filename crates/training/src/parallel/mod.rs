@@ -7,8 +7,8 @@
 //! ```no_run
 //! use consort_collectives::JoinOptions;
 //! use consort_training::parallel::{Control, Event, Membership, Plan, Worker};
-//! # fn main() -> Result<(), consort_training::Error> {
-//! # let (trainer, dataset): (consort_training::Trainer, consort_training::data::Dataset) = todo!();
+//! # use consort_training::{Error, Trainer, data::Dataset};
+//! # fn train(trainer: Trainer, dataset: Dataset) -> Result<(), Error> {
 //! let plan = Plan::new(1, 1000, 8, 4);
 //! let store = JoinOptions::new("127.0.0.1:29500", b"a secret of this job");
 //! let worker = Worker::new(trainer, &dataset, plan, Membership::Group(store), None)?;

@@ -7,9 +7,8 @@
 //!
 //! ```no_run
 //! use consort_training::server::{Connect, Holdings, HostOptions, Lead, Learner, Spec, host, work};
-//! # fn main() -> Result<(), consort_training::Error> {
-//! # let (spec, trainer): (Spec, consort_training::Trainer) = todo!();
-//! # let (data, plan): (consort_training::data::Dataset, consort_training::parallel::Plan) = todo!();
+//! # use consort_training::{Error, Trainer, data::Dataset, parallel::Plan};
+//! # fn train(spec: Spec, trainer: Trainer, data: Dataset, plan: Plan) -> Result<(), Error> {
 //! // In the launcher:
 //! let begin = Holdings { weights: trainer.weights().to_vec(), ..Holdings::default() };
 //! let lead = Lead::listen("127.0.0.1:0", b"a secret of this job", spec, 2, &begin)?;

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Result;
 use consort_tensor::buffer::Buffer;
-use consort_training::checkpoint::{self, CheckpointConfig, Writer};
+use consort_training::checkpoint::{self, Writer};
 use consort_training::job::Servers;
 use consort_training::parallel::{
     Finished, JobRecord, Membership, Reason, Span, StepEvent, Worker, weights_hash,
@@ -21,7 +21,6 @@ use consort_training::server::{Change, Event, Happened, Holdings, Lead, Mode, Re
 use consort_training::{Layout, Loss};
 
 use super::{Told, spec};
-use crate::environment;
 use crate::train::meeting::Meeting;
 use crate::train::{prepare, worker};
 
@@ -51,15 +50,7 @@ pub(super) fn lead(
     let dataset = prepare::samples(&job, &meeting.prepared, &begun, meeting.threads, &mut |_| ())?;
     let trainer = worker::trainer(&job, &begun, meeting.steps, meeting.threads)?;
     let layout = trainer.decoder().layout().clone();
-    let checkpoints = CheckpointConfig {
-        location: job.checkpoint_location(),
-        options: environment::s3_options(),
-        keep: job.checkpoints.keep,
-        worker: 0,
-        workers: 1,
-        patience: PATIENCE,
-        files: worker::files(&begun, &meeting.prepared)?,
-    };
+    let checkpoints = worker::checkpoints(&job, worker::files(&begun, &meeting.prepared)?);
     let plan = job.plan(meeting.steps);
     // A worker for itself reads the checkpoint, and knows what must be equal for it to be this job's.
     let mut alone = Worker::new(trainer, &dataset, plan, Membership::Alone, Some(checkpoints.clone()))?;
