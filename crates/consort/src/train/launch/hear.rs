@@ -185,7 +185,7 @@ impl Watch<'_> {
             checkpoint::Event::Complete { step, bytes, took } => {
                 self.saved = self.saved.max(Some(step));
                 let text = format!(
-                    "step {step} ({} by the first worker, in {:.1} s, behind the job's back)",
+                    "step {step} ({} by the process that completed it, in {:.1} s, behind the job's back)",
                     crate::terminal::bytes(bytes),
                     took.as_secs_f64()
                 );
