@@ -7,7 +7,7 @@ use std::process::Command;
 
 use rustix::process::Signal;
 
-use crate::train::{Place, STEPS, expected};
+use crate::train::{Place, STEPS, expected, send};
 
 /// A file system of its own.
 struct Disk(tempfile::TempDir);
@@ -62,6 +62,14 @@ fn place(disk: &Disk) -> Place {
     Place::with(STEPS, |job| job.replace("every = 5", &format!("every = 25\nlocation = \"{location}\"")))
 }
 
+/// The same around two servers.
+fn around_servers(disk: &Disk) -> Place {
+    let place = place(disk);
+    let job = fs::read_to_string(place.job()).unwrap();
+    fs::write(place.job(), job.replace("[train]", "[train]\nsync = \"server\"")).unwrap();
+    place
+}
+
 #[test]
 fn weights_wait_until_a_full_disk_has_room() {
     let expected = expected();
@@ -74,6 +82,37 @@ fn weights_wait_until_a_full_disk_has_room() {
     disk.free();
     let ended = training.end();
     assert_eq!(ended.weights(), expected, "{}", ended.errors);
+}
+
+/// Around servers the launcher has all weights by then, so that nobody else is needed for them.
+#[test]
+fn weights_around_servers_wait_too_whoever_is_killed_meanwhile() {
+    let expected = expected();
+    let disk = Disk::new(6);
+    let place = around_servers(&disk);
+    let mut training = place.train(&["--json", "--workers", "2"]);
+    let servers = ["server 0", "server 1"].map(|server| training.process(server));
+    training.hear("step 25 was not written, the job goes on: ");
+    let line = training.hear("the last checkpoint, of step 60, can't be written: ");
+    assert!(line.contains("No space left") && line.contains(" are free there"), "{line}");
+    servers.iter().for_each(|pid| send(*pid, Signal::KILL));
+    training.hear(&format!("server 1 (process {}) was killed", servers[1]));
+    disk.free();
+    let ended = training.end();
+    assert_eq!(ended.weights(), expected, "{}", ended.errors);
+}
+
+#[test]
+fn weights_around_servers_are_given_up_with_a_word() {
+    let disk = Disk::new(6);
+    let place = around_servers(&disk);
+    let mut training = place.train(&["--workers", "2"]);
+    training.hear("the last checkpoint, of step 60, can't be written: ");
+    training.signal(Signal::INT);
+    training.hear("giving up the weights that can't be written");
+    let ended = training.end();
+    assert_eq!(ended.status.code(), Some(1), "{}", ended.errors);
+    assert!(ended.errors.contains("take the missing steps again with: consort train "), "{}", ended.errors);
 }
 
 /// The workers that took the last step are killed, the one among them that kept the weights; with those everything is gone

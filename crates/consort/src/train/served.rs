@@ -15,7 +15,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, anyhow};
 use consort_training::checkpoint;
 use consort_training::job::{Job, Servers};
-use consort_training::parallel::{Finished, StepEvent};
+use consort_training::parallel::{Finished, Holding, StepEvent};
 use consort_training::report::What;
 use consort_training::server::{Connect, HostOptions, Learner, Spec, View, host, work};
 use consort_training::{Error, Layout};
@@ -45,6 +45,8 @@ pub(super) enum Told {
     Step(Box<StepEvent>),
     /// What became of a checkpoint.
     Checkpoint(checkpoint::Event),
+    /// The last checkpoint can't be written: its weights are kept for now.
+    Holding(Holding),
     /// Something that people may want to know.
     Note(What, String),
     /// Who waits for whom.
@@ -89,7 +91,7 @@ impl Served {
         Ok(Served { port, stop, thread })
     }
 
-    /// Behind the step under way, with a checkpoint.
+    /// Behind the step under way, with a checkpoint; weights that can't be written are given up.
     pub(super) fn stop(&self) {
         self.stop.store(true, Ordering::Relaxed);
     }

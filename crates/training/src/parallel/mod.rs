@@ -54,7 +54,7 @@ mod worker;
 
 pub use board::{Activity, Board, Status, Talking};
 pub use event::{Control, Event, Holding, Span, StepEvent, seen};
-pub use holding::HOLD;
+pub use holding::{HOLD, Keeper, keep};
 pub use plan::{HOST_SETTLE, HOST_SILENCE, Outer, Plan, Wire};
 pub use record::JobRecord;
 pub use worker::{Finished, Membership, Reason, Resumed, Samples, Worker};

@@ -1,6 +1,6 @@
 //! One worker of a data-parallel job: from joining to the last step.
 
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use consort_collectives::{Error as GroupError, JoinOptions};
 use consort_model::train::MicroBatch;
@@ -10,7 +10,7 @@ use serde_json::Value;
 
 use super::board::{Activity, Board};
 use super::event::{Control, Event, StepEvent};
-use super::holding::{Holding, Next};
+use super::holding::{Keeper, keep};
 use super::link::{Link, Standing};
 use super::plan::Plan;
 use super::record::JobRecord;
@@ -24,8 +24,6 @@ use crate::{Error, Trainer};
 
 /// Epochs in a row without a step, after which a job that only falls apart is given up.
 const FRUITLESS: usize = 40;
-/// How often a worker that keeps weights says so, and hears whether it shall go on.
-const LOOK: Duration = Duration::from_secs(1);
 
 /// Where samples come from.
 pub trait Samples {
@@ -484,39 +482,30 @@ impl Run<'_, '_> {
         self.saved(events);
     }
 
-    /// Keeps the weights and tries to write them, all of them by itself.
+    /// Keeps weights that couldn't be written.
     fn hold(&mut self) {
-        let (begun, mut holding) = (Instant::now(), Holding::default());
-        while let Some((step, reason)) = self.failed.clone()
-            && step == self.state.step
-            && let Next::At(when) = holding.failed(begun.elapsed())
-        {
-            loop {
-                let now = begun.elapsed();
-                let again = when.saturating_sub(now);
-                let Some(saver) = &mut self.saver else { return };
-                let told = super::event::Holding {
-                    step,
-                    reason: reason.clone(),
-                    bytes: saver.bytes(&self.trainer),
-                    again_ms: again.as_millis() as u64,
-                    left_ms: holding.left(now).as_millis() as u64,
-                };
-                self.emit(&Event::Holding(told));
-                if self.stop {
-                    return;
-                }
-                if again.is_zero() {
-                    break;
-                }
-                std::thread::sleep(again.min(LOOK));
-            }
-            if let Some(saver) = &mut self.saver {
-                saver.members(0, 1);
-            }
-            self.save();
-            self.finish_saving();
+        let Some((step, reason)) = self.failed.clone().filter(|(step, _)| *step == self.state.step) else {
+            return;
+        };
+        let Some(bytes) = self.saver.as_ref().map(|saver| saver.bytes(&self.trainer)) else { return };
+        keep(self, step, bytes, reason);
+    }
+}
+
+impl Keeper for Run<'_, '_> {
+    fn tell(&mut self, told: super::event::Holding) -> Control {
+        self.emit(&Event::Holding(told));
+        if self.stop { Control::Stop } else { Control::Go }
+    }
+
+    /// All of them, by itself: every worker has them.
+    fn attempt(&mut self) -> Option<String> {
+        if let Some(saver) = &mut self.saver {
+            saver.members(0, 1);
         }
+        self.save();
+        self.finish_saving();
+        self.failed.clone().filter(|(step, _)| *step == self.state.step).map(|(_, reason)| reason)
     }
 }
 

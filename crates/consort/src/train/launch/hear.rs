@@ -111,6 +111,7 @@ impl Watch<'_> {
             Told::Note(what, text) => self.record(what, text),
             Told::Step(step) => self.event(Event::Step(*step))?,
             Told::Checkpoint(event) => self.checkpoint(event),
+            Told::Holding(told) => self.event(Event::Holding(told))?,
             Told::View(view) => self.status.view(*view),
             Told::Finished(finished) => {
                 // Where nobody asked for the end, it is a failure that has a checkpoint.

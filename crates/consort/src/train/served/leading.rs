@@ -11,10 +11,11 @@ use std::time::{Duration, Instant};
 
 use anyhow::Result;
 use consort_tensor::buffer::Buffer;
-use consort_training::checkpoint::{self, Writer};
+use consort_training::checkpoint::{self, CheckpointConfig, Writer};
 use consort_training::job::Servers;
 use consort_training::parallel::{
-    Finished, JobRecord, Membership, Reason, Span, StepEvent, Worker, weights_hash,
+    Control, Finished, Holding, JobRecord, Keeper, Membership, Reason, Span, StepEvent, Worker, keep,
+    weights_hash,
 };
 use consort_training::report::What;
 use consort_training::server::{Change, Event, Happened, Holdings, Lead, Mode, Replication, Spent};
@@ -72,7 +73,8 @@ pub(super) fn lead(
     // Nobody may be waiting any more.
     let _ = listening.send(Ok(lead.address().port()));
     let mut leading = Leading {
-        writer: Some(Writer::new(checkpoints, &layout)?),
+        writer: Some(Writer::new(checkpoints.clone(), &layout)?),
+        checkpoints,
         saved: None,
         every: job.checkpoints.every,
         deadline: job.train.deadline,
@@ -110,6 +112,7 @@ pub(super) fn lead(
 
 struct Leading<'a> {
     lead: Lead,
+    checkpoints: CheckpointConfig,
     /// Until the end.
     writer: Option<Writer>,
     /// The last step that was given to it.
@@ -144,7 +147,7 @@ impl Leading<'_> {
         loop {
             self.listen();
             if self.lead.finished()? {
-                if let Some(finished) = self.end(Reason::Done)? {
+                if let Some(finished) = self.end(Reason::Done, stop)? {
                     return Ok(finished);
                 }
                 continue;
@@ -158,7 +161,7 @@ impl Leading<'_> {
                 Some(since) => {
                     let nobody = self.lead.look(|coordinator| coordinator.progress().workers() == 0);
                     if (held || nobody || since.elapsed() > PATIENCE)
-                        && let Some(finished) = self.end(Reason::Asked)?
+                        && let Some(finished) = self.end(Reason::Asked, stop)?
                     {
                         return Ok(finished);
                     }
@@ -178,6 +181,9 @@ impl Leading<'_> {
         let events = self.lead.events(TICK);
         events.into_iter().for_each(|event| self.event(event));
         for event in self.writer.iter().flat_map(Writer::events) {
+            if let checkpoint::Event::Failed { step, .. } = event {
+                self.saved = self.saved.filter(|saved| *saved != step);
+            }
             (self.tell)(Told::Checkpoint(event));
         }
         if self.viewed.is_none_or(|viewed| viewed.elapsed() >= VIEW) {
@@ -219,8 +225,24 @@ impl Leading<'_> {
         Ok(())
     }
 
-    /// The last checkpoint. `None` where a server died with what only it had: that is computed again first.
-    fn end(&mut self, reason: Reason) -> Result<Option<Finished>> {
+    /// Waits until what was saved is written; why that of `step` is not.
+    fn finish_writing(&mut self, step: u64) -> Option<String> {
+        let mut failed = None;
+        for event in self.writer.take().map(Writer::finish).unwrap_or_default() {
+            match &event {
+                checkpoint::Event::Failed { step: of, reason } if *of == step => {
+                    failed = Some(reason.clone())
+                }
+                _ => {}
+            }
+            (self.tell)(Told::Checkpoint(event));
+        }
+        failed
+    }
+
+    /// The last checkpoint. `None` where a server died with what only it had: that is computed again first. One that finds
+    /// no place is kept here, where all of it is by now: no server and no worker is needed for it any more.
+    fn end(&mut self, reason: Reason, stop: &AtomicBool) -> Result<Option<Finished>> {
         // The last one must not be left out because the one before is still being written.
         if let Some(writer) = &mut self.writer {
             writer.settle(PATIENCE);
@@ -243,8 +265,11 @@ impl Leading<'_> {
         if self.saved != Some(all.steps) {
             self.write(&all)?;
         }
-        for event in self.writer.take().map(Writer::finish).unwrap_or_default() {
-            (self.tell)(Told::Checkpoint(event));
+        if let Some(failed) = self.finish_writing(all.steps)
+            && reason == Reason::Done
+        {
+            let bytes = 4 * (all.weights.len() * (1 + all.state.len())) as u64;
+            keep(&mut Kept { leading: self, all: &all, stop }, all.steps, bytes, failed);
         }
         if let Replication::Async { max_lag } = self.servers.replication {
             let largest = self.lead.look(|coordinator| coordinator.largest_lag());
@@ -386,5 +411,32 @@ impl Leading<'_> {
             spans: vec![carried],
             ..StepEvent::default()
         })));
+    }
+}
+
+/// Weights that are trained and not written.
+struct Kept<'k, 'l> {
+    leading: &'k mut Leading<'l>,
+    all: &'k Holdings,
+    stop: &'k AtomicBool,
+}
+
+impl Keeper for Kept<'_, '_> {
+    fn tell(&mut self, told: Holding) -> Control {
+        self.leading.listen();
+        (self.leading.tell)(Told::Holding(told));
+        if self.stop.load(Ordering::Relaxed) { Control::Stop } else { Control::Go }
+    }
+
+    fn attempt(&mut self) -> Option<String> {
+        let Kept { leading, all, .. } = self;
+        match Writer::new(leading.checkpoints.clone(), &leading.layout) {
+            Ok(writer) => leading.writer = Some(writer),
+            Err(error) => return Some(error.to_string()),
+        }
+        match leading.write(all) {
+            Ok(()) => leading.finish_writing(all.steps),
+            Err(error) => Some(crate::terminal::said(&error)),
+        }
     }
 }
