@@ -23,6 +23,7 @@ mod signals;
 mod steady;
 mod train;
 mod train_disk;
+mod train_garbage;
 mod train_metrics;
 mod train_starters;
 mod up;

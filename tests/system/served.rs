@@ -2,7 +2,7 @@
 //! are synchronous the weights are those of one worker without servers.
 
 use std::fs;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use rustix::process::Signal;
 
@@ -71,6 +71,26 @@ fn servers_and_workers_that_are_killed_change_no_bit() {
     assert!(!ended.errors.contains("lost with a server"), "{}", ended.errors);
     let report = fs::read_to_string(place.out().join("report.html")).unwrap();
     assert!(report.contains(&format!("worker 1 (process {worker}) was killed")), "{}", ended.errors);
+}
+
+/// At any moment between its start and the first steps: before the servers know each other, while they get the first
+/// weights, while backups get their copies.
+#[test]
+fn a_server_that_is_killed_before_the_first_step_is_replaced() {
+    let expected = expected();
+    let place = around(STEPS, "", "");
+    for round in 0..6u64 {
+        let mut training = place.train(&["--json", "--workers", "2", "--restart"]);
+        let server = training.process(&format!("server {}", round % 2));
+        // What happens in between, nobody tells; so this is a time, another one each round and each day.
+        let micros =
+            u64::from(SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap().subsec_micros());
+        let pause = Duration::from_millis(round * 40) + Duration::from_micros(micros % 40_000);
+        std::thread::sleep(pause);
+        send(server, Signal::KILL);
+        let ended = training.end();
+        assert_eq!(ended.weights(), expected, "killed after {pause:?}\n{}", ended.errors);
+    }
 }
 
 #[test]

@@ -123,6 +123,12 @@ pub enum Error {
         /// Where it was.
         address: String,
     },
+    /// The members of the last epoch have finished ([`crate::Group::conclude`]); who comes later comes too late.
+    #[error("the others have finished")]
+    Concluded {
+        /// What they left for whoever comes.
+        note: String,
+    },
     /// The other side does not know this job's token, or speaks another version.
     #[error("refused by {address}: {what}")]
     Refused {

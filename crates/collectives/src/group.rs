@@ -4,7 +4,7 @@ mod join;
 
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 pub use join::JoinOptions;
 use join::Ticket;
@@ -22,6 +22,8 @@ const PLANS: usize = 32;
 /// Calls remembered, to say what this rank did where a peer still is.
 const EARLIER: usize = 8;
 const NO_ROOT: u32 = u32::MAX;
+/// How long the store may take to hear that all is done.
+const CONCLUDING: Duration = Duration::from_secs(2);
 
 /// The elements of `chunk` when `count` elements are divided among `world_size` ranks as evenly as can be: the first
 /// `count % world_size` chunks have one more.
@@ -141,6 +143,20 @@ impl Group {
     pub fn newcomers(&mut self) -> Result<usize, Error> {
         match &mut self.ticket {
             Some(ticket) => ticket.membership.newcomers(),
+            None => Err(Error::invalid("a sub-group has no store; its parent has")),
+        }
+    }
+
+    /// Says at the store that what this group's members came for is done: whoever comes later, such as a member that was
+    /// fenced, gets [`Error::Concluded`] with this `note` (64 KiB at most) instead of waiting for others who never come.
+    /// One member that says so is enough. The group stays as it is.
+    ///
+    /// # Errors
+    /// [`Error::System`] where the store doesn't hear it within two seconds; [`Error::Invalid`] for a sub-group or a longer
+    /// note.
+    pub fn conclude(&mut self, note: &str) -> Result<(), Error> {
+        match &mut self.ticket {
+            Some(ticket) => ticket.membership.conclude(note, Instant::now() + CONCLUDING),
             None => Err(Error::invalid("a sub-group has no store; its parent has")),
         }
     }

@@ -67,8 +67,17 @@ impl Limits {
 
 /// Who answers.
 pub trait Service: Send + Sync + 'static {
-    /// The answer to a question that came over `connection`; `None` closes it. Called from that connection's thread.
-    fn answer(&self, connection: u64, question: Message) -> Option<Message>;
+    /// The answer to a question that came over `connection`; a reason closes it. Called from that connection's thread.
+    ///
+    /// # Errors
+    /// Why whoever asks that is hung up on.
+    fn answer(&self, connection: u64, question: Message) -> Result<Message, String>;
+
+    /// Somebody was refused: a stranger, a process that breaks the rules of messages, or one whose question made no sense.
+    /// It was logged.
+    fn refused(&self, peer: &str, reason: &str) {
+        let _ = (peer, reason);
+    }
 
     /// The connection is closed: the other process ended, or hung up, or broke the rules.
     fn closed(&self, connection: u64) {
@@ -218,6 +227,10 @@ impl Guest {
             Ok(stream) => stream,
             Err(error) => {
                 tracing::warn!(%peer, %error, "refused a stranger");
+                service.refused(
+                    &peer.to_string(),
+                    &format!("it didn't prove that it belongs to the job ({error})"),
+                );
                 return;
             }
         };
@@ -229,6 +242,11 @@ impl Guest {
         loop {
             let question = match read(&stream, limits.body_bytes, Instant::now() + limits.idle) {
                 Ok(question) => question,
+                Err(error) if error.kind() == io::ErrorKind::InvalidData => {
+                    tracing::warn!(%peer, %error, "hung up");
+                    service.refused(&peer.to_string(), &error.to_string());
+                    break;
+                }
                 Err(error) => {
                     if error.kind() != io::ErrorKind::UnexpectedEof {
                         tracing::debug!(%peer, %error, "a connection broke");
@@ -236,7 +254,14 @@ impl Guest {
                     break;
                 }
             };
-            let Some(answer) = service.answer(id, question) else { break };
+            let answer = match service.answer(id, question) {
+                Ok(answer) => answer,
+                Err(reason) => {
+                    tracing::warn!(%peer, reason, "hung up");
+                    service.refused(&peer.to_string(), &reason);
+                    break;
+                }
+            };
             let limit = WRITING * (answer.body.len() >> 26).saturating_add(1) as u32;
             if let Err(error) = write(&stream, &answer.head, &[&answer.body], Instant::now() + limit) {
                 tracing::debug!(%peer, %error, "cannot answer");
@@ -294,6 +319,16 @@ impl Link {
                 self.stream.hang_up();
                 Error::system(format!("get an answer from {}", self.address), &error)
             })
+    }
+
+    /// Writes bytes as they are, for whoever tests what a service makes of nonsense.
+    ///
+    /// # Errors
+    /// [`Error::System`] where they can't be written in time.
+    #[doc(hidden)]
+    pub fn write_raw(&self, bytes: &[u8], deadline: Instant) -> Result<(), Error> {
+        let written = self.stream.write_whole(bytes, deadline);
+        written.map_err(|error| Error::system(format!("write to {}", self.address), &error))
     }
 
     /// Where it leads.
@@ -376,12 +411,17 @@ mod tests {
     #[derive(Default)]
     struct Echo {
         closed: AtomicUsize,
+        refused: Mutex<Vec<String>>,
     }
 
     impl Service for Echo {
-        fn answer(&self, _: u64, mut question: Message) -> Option<Message> {
+        fn answer(&self, _: u64, mut question: Message) -> Result<Message, String> {
             question.head.reverse();
-            (question.head != b"bye").then_some(question)
+            if question.head == b"bye" { Err("it said bye".into()) } else { Ok(question) }
+        }
+
+        fn refused(&self, _: &str, reason: &str) {
+            self.refused.lock().unwrap().push(reason.to_owned());
         }
 
         fn closed(&self, _: u64) {
@@ -437,6 +477,10 @@ mod tests {
         link.stream.write_whole(&[0xff; 12], soon()).unwrap();
         assert!(link.stream.read_all(&mut [0], Some(soon())).is_err(), "a length that nobody believes");
         assert!(Link::connect(&address, TOKEN, 100, soon()).unwrap().ask(b"abc", &[], soon()).is_ok());
+        drop(service);
+        let refused = echo.refused.lock().unwrap();
+        assert_eq!(refused.iter().filter(|r| r.contains("didn't prove")).count(), 2, "{refused:?}");
+        assert_eq!(refused.iter().filter(|r| r.contains("at most")).count(), 2, "{refused:?}");
         assert!(numbers::<f32>(&[0; 7]).is_none());
     }
 

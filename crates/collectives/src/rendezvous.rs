@@ -8,6 +8,8 @@
 //! - A member that neither waits nor goes (stopped, cut off) is waited for `settle` after the first one came back. Then
 //!   it is *fenced*: the epoch begins without it, its connection is closed, and when it wakes up it joins as new.
 //! - When all members have gone, it is as in the beginning.
+//! - A member may say that what they came for is done. From then on nobody is let in who isn't of the last epoch; its members
+//!   may still form others, to do again what only some of them have done.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -33,6 +35,10 @@ pub enum Event {
     Join(MemberId),
     /// Its connection is closed.
     Gone(MemberId),
+    /// It says that what members came for is done.
+    Conclude(MemberId),
+    /// It isn't: a new job begins.
+    Reopen,
     /// Time passed.
     Tick,
 }
@@ -49,6 +55,8 @@ pub enum Command {
     },
     /// Close this member's connection.
     Fence(MemberId),
+    /// Tell it that all is done.
+    TurnAway(MemberId),
 }
 
 /// The members, and those who wait. Times are since any fixed beginning.
@@ -60,12 +68,13 @@ pub struct Rendezvous {
     members: BTreeMap<MemberId, usize>,
     /// Who waits, and since when.
     waiting: BTreeMap<MemberId, Duration>,
+    concluded: bool,
 }
 
 impl Rendezvous {
     /// Nobody has come yet.
     pub fn new(policy: Policy) -> Self {
-        Self { policy, epoch: 0, members: BTreeMap::new(), waiting: BTreeMap::new() }
+        Self { policy, epoch: 0, members: BTreeMap::new(), waiting: BTreeMap::new(), concluded: false }
     }
 
     /// Takes in one event.
@@ -78,9 +87,24 @@ impl Rendezvous {
                 self.waiting.remove(&id);
                 self.members.remove(&id);
             }
+            // Who isn't of the last epoch can't have done its work.
+            Event::Conclude(id) => self.concluded |= self.members.contains_key(&id),
+            Event::Reopen => self.concluded = false,
             Event::Tick => {}
         }
         let mut commands = Vec::new();
+        if self.concluded {
+            let late: Vec<MemberId> =
+                self.waiting.keys().filter(|id| !self.members.contains_key(id)).copied().collect();
+            for id in late {
+                self.waiting.remove(&id);
+                commands.push(Command::TurnAway(id));
+            }
+            // That it has been heard.
+            if let Event::Conclude(id) = event {
+                commands.push(Command::TurnAway(id));
+            }
+        }
         let absent: Vec<MemberId> =
             self.members.keys().filter(|id| !self.waiting.contains_key(id)).copied().collect();
         let back = self
@@ -183,6 +207,28 @@ mod tests {
         assert_eq!(r.newcomers(), 0);
     }
 
+    /// A worker that was fenced while the others did the last of their work came back to nobody, and waited in vain.
+    #[test]
+    fn who_comes_when_all_is_done_is_told_so() {
+        let mut r = formed();
+        r.step(at(1), Event::Join(1));
+        r.step(at(2), Event::Join(3));
+        assert_eq!(r.step(at(6), Event::Tick), [Command::Fence(2), begin(2, &[1, 3])]);
+        assert!(r.step(at(7), Event::Conclude(2)).is_empty(), "not one of them");
+        assert!(r.step(at(7), Event::Join(4)).is_empty());
+        assert_eq!(r.step(at(8), Event::Conclude(1)), [Command::TurnAway(4), Command::TurnAway(1)]);
+        assert_eq!((r.waiting(), r.newcomers()), (0, 0));
+        assert_eq!(r.step(at(9), Event::Join(5)), [Command::TurnAway(5)]);
+        // 3 hasn't done its part, and does it alone.
+        assert!(r.step(at(9), Event::Gone(1)).is_empty());
+        assert_eq!(r.step(at(9), Event::Join(3)), [begin(3, &[3])]);
+        r.step(at(10), Event::Gone(3));
+        assert_eq!(r.step(at(11), Event::Join(6)), [Command::TurnAway(6)]);
+        r.step(at(12), Event::Reopen);
+        let new: Vec<Vec<Command>> = (7..10).map(|id| r.step(at(13), Event::Join(id))).collect();
+        assert_eq!(new[2], [begin(4, &[7, 8, 9])]);
+    }
+
     #[test]
     fn any_history_keeps_the_rules() {
         for seed in 0..300 {
@@ -208,6 +254,7 @@ mod tests {
                 for command in r.step(now, event) {
                     match command {
                         Command::Fence(id) => alive.retain(|other| *other != id),
+                        Command::TurnAway(id) => panic!("seed {seed}: {id} was turned away"),
                         Command::Begin { epoch: number, members } => {
                             assert_eq!(number, epoch + 1, "seed {seed}");
                             epoch = number;

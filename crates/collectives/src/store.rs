@@ -34,6 +34,8 @@ const ABSENT: Duration = Duration::from_secs(1);
 const TELLING: Duration = Duration::from_secs(1);
 /// Connections that have proved nothing yet; more are closed at once.
 const HANDSHAKES: usize = 64;
+/// Bytes of what members leave for those who come too late.
+const NOTE_BYTES: usize = 64 << 10;
 
 /// How a [`Store`] forms epochs.
 #[derive(Clone, Copy, Debug)]
@@ -84,6 +86,10 @@ enum Message {
     Waiting {
         newcomers: usize,
     },
+    /// From a member: what they came for is done, and this is for whoever comes later. From the store: just that.
+    Concluded {
+        note: String,
+    },
 }
 
 fn write_message(stream: &Stream, message: &Message, deadline: Instant) -> io::Result<()> {
@@ -109,6 +115,8 @@ enum News {
     Arrived(MemberId, Arc<Stream>),
     Said(MemberId, Introduction),
     Gone(MemberId),
+    Concluded(MemberId, String),
+    Reopen,
     Stop,
 }
 
@@ -170,6 +178,12 @@ impl Store {
     /// Where members find it.
     pub fn address(&self) -> SocketAddr {
         self.address
+    }
+
+    /// Lets members in again though earlier ones have finished ([`crate::Group::conclude`]): what they did was lost.
+    pub fn reopen(&self) {
+        // If the thread is gone, so is everything.
+        let _ = self.news.send(News::Reopen);
     }
 }
 
@@ -283,7 +297,12 @@ fn serve(id: MemberId, stream: Stream, news: &SyncSender<News>) {
                     return;
                 }
             }
-            Ok(Message::Begin { .. } | Message::Waiting { .. }) => break,
+            Ok(Message::Concluded { note }) if note.len() <= NOTE_BYTES => {
+                if news.send(News::Concluded(id, note)).is_err() {
+                    return;
+                }
+            }
+            Ok(Message::Begin { .. } | Message::Waiting { .. } | Message::Concluded { .. }) => break,
             Err(error) => {
                 if error.kind() != io::ErrorKind::UnexpectedEof {
                     tracing::debug!(%error, id, "a member's connection to the store broke");
@@ -303,6 +322,8 @@ fn decide(policy: Policy, authority: &Authority, inbox: &mpsc::Receiver<News>, s
     let mut streams: HashMap<MemberId, Arc<Stream>> = HashMap::new();
     let mut introductions: HashMap<MemberId, Introduction> = HashMap::new();
     let mut told = None;
+    // What the first one said that had finished.
+    let mut note = String::new();
     loop {
         let event = match inbox.recv_timeout(TICK) {
             Ok(News::Arrived(id, stream)) => {
@@ -318,6 +339,16 @@ fn decide(policy: Policy, authority: &Authority, inbox: &mpsc::Receiver<News>, s
                 introductions.remove(&id);
                 Event::Gone(id)
             }
+            Ok(News::Concluded(id, text)) => {
+                if note.is_empty() {
+                    note = text;
+                }
+                Event::Conclude(id)
+            }
+            Ok(News::Reopen) => {
+                note.clear();
+                Event::Reopen
+            }
             Err(RecvTimeoutError::Timeout) => Event::Tick,
             Ok(News::Stop) | Err(RecvTimeoutError::Disconnected) => break,
         };
@@ -328,6 +359,16 @@ fn decide(policy: Policy, authority: &Authority, inbox: &mpsc::Receiver<News>, s
                 Command::Fence(id) => {
                     tracing::info!(id, "a member did not come back in time and is fenced");
                     if let Some(stream) = streams.get(&id) {
+                        stream.hang_up();
+                    }
+                }
+                Command::TurnAway(id) => {
+                    let message = Message::Concluded { note: note.clone() };
+                    let sent = streams
+                        .get(&id)
+                        .map(|stream| (stream, write_message(stream, &message, Instant::now() + TELLING)));
+                    if let Some((stream, Err(error))) = sent {
+                        tracing::debug!(%error, id, "cannot tell a member that all is done");
                         stream.hang_up();
                     }
                 }
@@ -469,6 +510,7 @@ impl Membership {
             Ok(Message::Begin { epoch, rank, members, certificate, authority }) if rank < members.len() => {
                 Ok(Begin { epoch, rank, members, certificate, authority })
             }
+            Ok(Message::Concluded { note }) => Err(Error::Concluded { note }),
             Ok(_) => Err(Error::Refused {
                 address: self.address.clone(),
                 what: "it answers something else".into(),
@@ -483,6 +525,22 @@ impl Membership {
                 Err(Error::Refused { address: self.address.clone(), what })
             }
         }
+    }
+
+    /// Says that what members came for is done, and waits until that is heard.
+    pub(crate) fn conclude(&mut self, note: &str, deadline: Instant) -> Result<(), Error> {
+        if note.len() > NOTE_BYTES {
+            return Err(Error::invalid(format!("a note of {} bytes; at most {NOTE_BYTES}", note.len())));
+        }
+        let said = write_message(&self.stream, &Message::Concluded { note: note.to_owned() }, deadline);
+        let heard = said.and_then(|()| {
+            loop {
+                if let Some(Message::Concluded { .. }) = self.next(Some(deadline))? {
+                    return Ok(());
+                }
+            }
+        });
+        heard.map_err(|error| Error::system(format!("tell the store at {} of the end", self.address), &error))
     }
 
     /// How many newcomers wait, as far as the store has said; it tells rank 0 alone. Doesn't wait.
@@ -543,6 +601,30 @@ mod tests {
     fn member(store: &Store) -> Membership {
         let deadline = Instant::now() + Duration::from_secs(10);
         Membership::connect(&store.address().to_string(), &Key::new(TOKEN), false, deadline).unwrap()
+    }
+
+    #[test]
+    fn who_comes_when_all_is_done_gets_what_was_left() {
+        let store = Store::listen("127.0.0.1:0", TOKEN, StoreOptions::new(1)).unwrap();
+        let deadline = Instant::now() + Duration::from_secs(10);
+        let introduction = || Introduction {
+            host: "h".into(),
+            tcp: "127.0.0.1:1".into(),
+            local: None,
+            key: crate::tls::MemberKey::new().unwrap().public().to_vec(),
+            only: None,
+        };
+        let mut first = member(&store);
+        assert!(first.join(&introduction(), deadline).is_ok());
+        assert!(first.conclude(&"x".repeat(NOTE_BYTES + 1), deadline).is_err());
+        first.conclude("all is well", deadline).unwrap();
+        drop(first);
+        for _ in 0..2 {
+            let late = member(&store).join(&introduction(), deadline);
+            assert!(matches!(late, Err(Error::Concluded { note }) if note == "all is well"));
+        }
+        store.reopen();
+        assert!(member(&store).join(&introduction(), deadline).is_ok());
     }
 
     /// A member that knows the token and lies: it is hung up on, and nothing is allocated by its numbers.

@@ -1,6 +1,6 @@
 //! A worker dies, or a connection does, behind the n-th byte of what workers say to each other: in the middle of a
-//! handshake, of a heartbeat, of a bucket, of the state that a newcomer gets. The weights at the end are those of one worker
-//! that nothing ever happened to.
+//! handshake, of a heartbeat, of a bucket, of the state that a newcomer gets. Everybody who is left ends with the weights of
+//! one worker that nothing ever happened to.
 
 #![allow(clippy::unwrap_used, clippy::print_stdout, missing_docs)]
 
@@ -54,27 +54,19 @@ fn run(kind: TransportKind, wires: &Wires, strike: impl FnOnce(&[Process]) -> St
     let mut all: Vec<Process> = (1..WORKERS).map(|_| Process::start(&place(&orders))).collect();
     wires.plan(strike(&all));
     all.push(Process::start(&place(&orders)));
-    // Who was fenced while the others took the last steps comes too late for this job, and nobody lets it in any more: a
-    // launcher would send it home.
     let until = Instant::now() + PATIENCE;
-    while !all.iter_mut().any(|worker| worker.end_within(Duration::from_millis(20)).is_some()) {
-        assert!(Instant::now() < until, "nobody finishes");
-    }
     for worker in &mut all {
-        worker.end_within(Duration::from_secs(1));
+        worker.end_within(until.saturating_duration_since(Instant::now()));
     }
     all
 }
 
-/// Everyone who finished has the right weights, and nearly everyone who could finish did.
-fn judge<'a>(name: &str, all: impl Iterator<Item = &'a Process>, finished: &mut (usize, usize)) {
+/// Everyone who is left has finished, with the right weights.
+fn judge<'a>(name: &str, all: impl Iterator<Item = &'a Process>) {
     for worker in all {
-        finished.1 += 1;
-        if let Some(ended) = &worker.finished {
-            finished.0 += 1;
-            assert_eq!(ended, undisturbed(), "{name}");
-        }
         assert!(worker.failed.is_none(), "{name}: {:?}", worker.failed);
+        let last = worker.events.last();
+        assert_eq!(worker.finished.as_ref(), Some(undisturbed()), "{name}: the last event is {last:?}");
     }
 }
 
@@ -109,7 +101,7 @@ fn kind(seed: u64) -> TransportKind {
 
 #[test]
 fn a_worker_killed_behind_any_byte_changes_nothing() {
-    let (mut struck, mut finished) = (0, (0, 0));
+    let mut struck = 0;
     for seed in 0..seeds(10) {
         let mut random = Philox::new(seed, 91);
         let (kind, victim) = (kind(seed), (random.next_u64() % 2) as usize);
@@ -127,15 +119,14 @@ fn a_worker_killed_behind_any_byte_changes_nothing() {
         println!("{name}: {}", if wires.struck() { "struck" } else { "too late" });
         struck += u64::from(wires.struck());
         let others = all.iter().enumerate().filter(|(index, _)| *index != victim).map(|(_, worker)| worker);
-        judge(&name, others, &mut finished);
+        judge(&name, others);
     }
     assert!(struck * 4 >= seeds(10) * 3, "only {struck} were struck");
-    assert!(finished.0 * 4 >= finished.1 * 3, "only {} of {} finished", finished.0, finished.1);
 }
 
 #[test]
 fn a_connection_cut_behind_any_byte_changes_nothing() {
-    let (mut struck, mut finished) = (0, (0, 0));
+    let mut struck = 0;
     for seed in 0..seeds(10) {
         let mut random = Philox::new(seed, 92);
         let kind = kind(seed);
@@ -145,8 +136,7 @@ fn a_connection_cut_behind_any_byte_changes_nothing() {
         let all = run(kind, &wires, |_| Strike::Cut { behind });
         println!("{name}: {}", if wires.struck() { "struck" } else { "too late" });
         struck += u64::from(wires.struck());
-        judge(&name, all.iter(), &mut finished);
+        judge(&name, all.iter());
     }
     assert!(struck * 4 >= seeds(10) * 3, "only {struck} were struck");
-    assert!(finished.0 * 4 >= finished.1 * 3, "only {} of {} finished", finished.0, finished.1);
 }

@@ -5,9 +5,10 @@ mod server_support;
 
 use std::time::{Duration, Instant};
 
+use consort_training::parallel::Control;
 use consort_training::server::{
-    Aggregate, Change, Connect, Event, Happened, Holdings, HostOptions, Lead, Mode, Replication, Spec, host,
-    work,
+    Aggregate, Change, Connect, Event, Happened, Holdings, HostOptions, Lead, Loading, Mode, Replication,
+    Spec, host, work,
 };
 use server_support::{
     Came, Fault, Process, TOKEN, alone, begin, learner, live, loss, protected, run, spec, trainer,
@@ -68,6 +69,46 @@ fn a_job_goes_on_where_another_stopped() {
     processes.extend((0..2).map(|_| Process::start("worker", &lead, 8)));
     lead.run(&mut |_| ()).unwrap();
     assert_eq!(lead.fetch().unwrap().weights_hash(), reference);
+}
+
+/// A server that was killed while the first weights were loaded was the end of the job. Here one is, before each bucket that
+/// is loaded and while backups get their copies, and a second one at the next opportunity.
+#[test]
+fn servers_that_are_killed_while_the_first_weights_are_loaded_cost_nothing() {
+    let job = Spec { lease_ms: 1000, workers: 2, ..spec(&trainer(2), 2, 2) };
+    let (reference, first) = (alone(&job), trainer(2));
+    let begins = begin(&first);
+    let pieces = job.buckets.len();
+    for (round, point) in (0..=pieces).enumerate() {
+        let lead = Lead::listen("127.0.0.1:0", TOKEN, job.clone(), 2, &begins).unwrap();
+        let mut servers: Vec<Process> = (0..2).map(|_| Process::start("server", &lead, 2)).collect();
+        let (mut killed, mut seen) = (0, 0);
+        let mut watch = |loading: Loading| {
+            let here = match loading {
+                Loading::Piece { piece, of } => piece == point && of == pieces,
+                Loading::Backups => point == pieces,
+            };
+            seen += usize::from(here);
+            // The second one dies when the same point is reached again.
+            if killed < 1 + round % 2 && here && seen > killed {
+                let victim = servers.remove(round / 2 % servers.len());
+                println!("{loading:?}: kills server {}", victim.id());
+                victim.signal("-KILL");
+                killed += 1;
+                servers.push(Process::start("server", &lead, 2));
+            }
+            Control::Go
+        };
+        lead.load_watched(&begins, &mut watch).unwrap();
+        // Backups may be faster than anybody could kill them.
+        assert!(killed > 0 || point == pieces, "nobody was killed before piece {point}");
+        let workers: Vec<Process> = (0..2).map(|_| Process::start("worker", &lead, 2)).collect();
+        let mut events = Vec::new();
+        lead.run(&mut |event| events.push(event.clone())).unwrap();
+        assert_eq!(lead.fetch().unwrap().weights_hash(), reference, "killed before piece {point}");
+        assert!(!events.iter().any(|e| matches!(e, Event::Servers(Change::Lost { .. }))));
+        drop(workers);
+    }
 }
 
 /// Kills a process in the middle, and starts another one in its place.
@@ -187,7 +228,18 @@ fn one_wrong_worker_of_five_spoils_the_mean_and_nothing_else() {
     let spoiled = learned(Aggregate::Mean, Some(garbage)).unwrap();
     println!("mean: {before:.2} to {spoiled:.2} with one wrong worker of five, {good:.2} without");
     assert!(spoiled > before - 0.2, "{spoiled}");
-    let stopped = learned(Aggregate::Mean, Some(nothing)).unwrap_err().to_string();
+    // What is no number is known to be wrong, so that it takes no comparison to leave it out.
+    let reference = run(job(Aggregate::Mean), 1, &honest).unwrap().holdings.weights_hash();
+    let mut workers = honest;
+    workers[3] = Some(nothing);
+    let came = run(job(Aggregate::Mean), 1, &workers).unwrap();
+    assert_eq!(came.holdings.weights_hash(), reference);
+    let told = |e: &Event| matches!(e, Event::Refused { reason, .. } if reason.contains("is no number"));
+    assert!(came.events.iter().any(told) && came.workers[3].groups == 0);
+    let stopped = run(job(Aggregate::Mean), 1, &[Some(nothing); 5]).map(|_| ()).unwrap_err().to_string();
+    assert!(stopped.contains("is no number"), "{stopped}");
+    let alone = Spec { workers: 1, ..job(Aggregate::Mean) };
+    let stopped = run(alone, 1, &[Some(nothing)]).map(|_| ()).unwrap_err().to_string();
     assert!(stopped.contains("is no number"), "{stopped}");
 }
 

@@ -104,8 +104,12 @@ fn log(default: &str) -> Result<()> {
     } else {
         (consort_meter::LogFormat::Text, default)
     };
-    consort_meter::init_logging(format, &crate::environment::log_filter(default))
-        .map_err(|e| UsageError(format!("CONSORT_LOG: {e}")).into())
+    consort_meter::init_logging(
+        format,
+        &crate::environment::log_filter(default),
+        crate::environment::colour(),
+    )
+    .map_err(|e| UsageError(format!("CONSORT_LOG: {e}")).into())
 }
 
 /// Sends traces to a collector, where one is named.

@@ -187,6 +187,7 @@ impl<'a> Launcher<'a> {
             workers: trainers,
             external: rank.is_some(),
             served,
+            store: store.as_ref(),
             news,
             metrics,
             show,

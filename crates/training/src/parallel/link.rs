@@ -120,6 +120,17 @@ impl Link {
     }
 }
 
+impl Link {
+    /// Leaves `epoch` with a word for whoever comes later; nobody is let in any more.
+    pub(super) fn conclude(self, epoch: u64, note: String) {
+        let told = self.start(epoch, "the end".into(), move |group| group.conclude(&note));
+        if let Err(Fail::Link { error, .. }) = told.wait() {
+            // Who comes later waits in vain, as long as it may take to join.
+            tracing::debug!(%error, "nobody knows that the job is over");
+        }
+    }
+}
+
 impl Drop for Link {
     fn drop(&mut self) {
         self.orders = None;

@@ -198,7 +198,7 @@ impl<'a> Worker<'a> {
     ///
     /// When another worker is lost, those who are left form a new group, agree on the newest state and do the step again.
     /// When newcomers wait, the group is formed anew behind the step. A worker that was taken for lost comes back by
-    /// itself, as a newcomer.
+    /// itself, as a newcomer. One that comes when the others have finished ends as they did, though without their weights.
     ///
     /// # Errors
     /// [`Error::Diverged`], [`Error::Model`]: on all workers alike. [`Error::AnotherJob`] on workers that were started for
@@ -215,10 +215,13 @@ impl<'a> Worker<'a> {
         let alone = Standing { epoch: 0, rank: 0, workers: 1 };
         let (link, standing) = match membership {
             Membership::Alone => (None, alone),
-            Membership::Group(options) => {
-                let (link, standing) = Link::join(options, plan.algorithm, board.clone())?;
-                (Some(link), standing)
-            }
+            Membership::Group(options) => match Link::join(options, plan.algorithm, board.clone()) {
+                Ok((link, standing)) => (Some(link), standing),
+                Err(error) => {
+                    board.doing(state.step, Activity::Ended);
+                    return outrun(&error).ok_or_else(|| error.into());
+                }
+            },
         };
         let stepper = Stepper::new(plan.clone(), data, order);
         let mut run = Run {
@@ -418,6 +421,9 @@ impl Run<'_, '_> {
     /// No other group can be formed. What this worker knows is written whole: the others may stand elsewhere.
     fn abandoned(&mut self, error: Error) -> Result<Finished, Error> {
         let Error::Group(lost) = &error else { return Err(error) };
+        if let Some(finished) = outrun(lost) {
+            return Ok(finished);
+        }
         let gone = matches!(
             **lost,
             GroupError::StoreGone { .. } | GroupError::Rendezvous { .. } | GroupError::Refused { .. }
@@ -443,21 +449,28 @@ impl Run<'_, '_> {
 
     fn finish(&mut self, ended: Reason) -> Result<Finished, Error> {
         self.board.doing(self.state.step, Activity::Saving);
-        // Nobody needs this worker any more, and it needs nobody: who is lost from now on is no loss.
-        self.link = None;
+        let mut hasher = blake3::Hasher::new();
+        state::hash(self.trainer.weights(), &mut hasher);
+        let (steps, weights_hash) = (self.state.step, hasher.finalize().to_hex().to_string());
+        let samples = self.plan.cursor(steps);
+        let finished = Finished { steps, reason: ended, weights_hash, samples };
+        // Nobody needs this worker any more, and it needs nobody: who is lost from now on is no loss. Who was lost before
+        // and comes back finds nobody, but the end.
+        match (self.link.take(), serde_json::to_string(&finished)) {
+            (Some(link), Ok(note)) if !matches!(finished.reason, Reason::StoreGone { .. }) => {
+                link.conclude(self.standing.epoch, note);
+            }
+            (link, _) => drop(link),
+        }
         if self.saver.as_ref().is_some_and(|saver| !saver.has(self.state.step)) {
             self.settle();
             self.save();
         }
         self.finish_saving();
-        if ended == Reason::Done && self.standing.rank == 0 {
+        if finished.reason == Reason::Done && self.standing.rank == 0 {
             self.hold();
         }
-        let mut hasher = blake3::Hasher::new();
-        state::hash(self.trainer.weights(), &mut hasher);
-        let weights_hash = hasher.finalize().to_hex().to_string();
-        let steps = self.state.step;
-        Ok(Finished { steps, reason: ended, weights_hash, samples: self.plan.cursor(steps) })
+        Ok(finished)
     }
 
     /// Passes on what became of checkpoints.
@@ -507,6 +520,12 @@ impl Keeper for Run<'_, '_> {
         self.finish_saving();
         self.failed.clone().filter(|(step, _)| *step == self.state.step).map(|(_, reason)| reason)
     }
+}
+
+/// What the others ended with, who have finished meanwhile.
+fn outrun(error: &GroupError) -> Option<Finished> {
+    let GroupError::Concluded { note } = error else { return None };
+    serde_json::from_str(note).ok()
 }
 
 /// What comes behind a step.

@@ -12,6 +12,8 @@
 //!   shard without a copy in sync is lost, and the job with it: there is a checkpoint for that. So silence alone doesn't
 //!   lose the only holder of a shard: nobody could take its place, and it may only be slow.
 //! - A server that has room becomes the backup of a shard without one.
+//! - Until the job begins ([`Cluster::begin`]) the launcher has the first weights, so nothing is lost with any server: a shard
+//!   without a copy goes to whoever is there, and is loaded anew.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -88,6 +90,15 @@ pub enum Change {
         /// The backup.
         backup: ServerId,
     },
+    /// A shard's copies are gone before the job began: another server gets its first weights.
+    Emptied {
+        /// The shard.
+        shard: usize,
+        /// Its new epoch.
+        epoch: u64,
+        /// Who was lost.
+        from: ServerId,
+    },
     /// The last copy of a shard is gone.
     Lost {
         /// The shard.
@@ -109,6 +120,7 @@ pub struct Cluster {
     servers: BTreeMap<ServerId, Server>,
     shards: Vec<Placement>,
     formed: bool,
+    begun: bool,
 }
 
 impl Cluster {
@@ -121,7 +133,24 @@ impl Cluster {
             servers: BTreeMap::new(),
             shards: vec![Placement::default(); shards],
             formed: false,
+            begun: false,
         }
+    }
+
+    /// The shards have their first weights, and change from now on: what is lost can't be loaded again.
+    pub fn begin(&mut self) {
+        self.begun = true;
+    }
+
+    /// Whether they have.
+    pub fn begun(&self) -> bool {
+        self.begun
+    }
+
+    /// Whether every shard has a backup that holds everything; where one server is all there ever are, there is none to wait
+    /// for.
+    pub fn protected(&self) -> bool {
+        self.formed && (self.expected == 1 || self.shards.iter().all(|p| p.primary.is_some() && p.in_sync))
     }
 
     /// Where the shards are.
@@ -187,7 +216,7 @@ impl Cluster {
 
     /// Whether a shard would be lost with this server.
     fn only_holder(&self, id: ServerId) -> bool {
-        self.shards.iter().any(|p| p.primary == Some(id) && !(p.in_sync && p.backup.is_some()))
+        self.begun && self.shards.iter().any(|p| p.primary == Some(id) && !(p.in_sync && p.backup.is_some()))
     }
 
     /// A server is lost.
@@ -203,11 +232,14 @@ impl Cluster {
                 changes.push(Change::Unprotected { shard, epoch: placement.epoch });
             } else if placement.primary == Some(id) {
                 placement.epoch += 1;
-                placement.primary = placement.backup.take().filter(|_| placement.in_sync);
+                let complete = placement.in_sync;
+                placement.primary = placement.backup.take().filter(|_| complete || !self.begun);
                 (placement.in_sync, placement.since) = (false, placement.epoch);
+                let epoch = placement.epoch;
                 changes.push(match placement.primary {
-                    Some(to) => Change::FailedOver { shard, epoch: placement.epoch, from: id, to },
-                    None => Change::Lost { shard },
+                    Some(to) if complete => Change::FailedOver { shard, epoch, from: id, to },
+                    _ if !self.begun => Change::Emptied { shard, epoch, from: id },
+                    _ => Change::Lost { shard },
                 });
             }
         }
@@ -250,8 +282,19 @@ impl Cluster {
         self.shards.get_mut(shard).filter(|p| p.epoch == epoch && p.primary == Some(id))
     }
 
-    /// Gives shards without a backup one, where there is somebody.
+    /// Gives shards without a backup one, where there is somebody; before the beginning, those without anybody a primary.
     fn fill(&mut self) {
+        for shard in 0..self.shards.len() {
+            if self.formed
+                && !self.begun
+                && self.shards[shard].primary.is_none()
+                && let Some(primary) = self.candidate(shard, None)
+            {
+                let placement = &mut self.shards[shard];
+                placement.epoch += 1;
+                (placement.primary, placement.since) = (Some(primary), placement.epoch);
+            }
+        }
         let bare: Vec<usize> = (0..self.shards.len())
             .filter(|&s| self.shards[s].primary.is_some() && self.shards[s].backup.is_none())
             .collect();
@@ -318,6 +361,31 @@ mod tests {
         cluster
     }
 
+    /// A server that was killed while the first weights were on their way was the end of the job.
+    #[test]
+    fn before_the_beginning_nothing_is_lost_with_a_server() {
+        let mut cluster = pair();
+        let epoch = cluster.placements()[0].epoch;
+        let changes = cluster.gone(1);
+        assert_eq!(changes[0], Change::Emptied { shard: 0, epoch: epoch + 1, from: 1 });
+        assert_eq!((cluster.placements()[0].primary, cluster.placements()[0].since), (Some(2), epoch + 1));
+        // The other one is silent, and nobody is left: who comes gets everything.
+        assert_eq!(cluster.tick(at(101)).len(), 2);
+        assert!(cluster.routes().is_empty() && !cluster.protected());
+        assert_eq!(cluster.register(at(102), "c"), 3);
+        assert!(cluster.placements().iter().all(|p| p.primary == Some(3) && p.since > epoch));
+        assert_eq!(cluster.register(at(103), "d"), 4);
+        for shard in 0..2 {
+            let epoch = cluster.placements()[shard].epoch;
+            assert_eq!(cluster.in_sync(3, shard, epoch), [Change::Protected { shard, epoch, backup: 4 }]);
+        }
+        assert!(cluster.protected());
+        // A backup that is complete takes over as ever.
+        assert!(matches!(cluster.gone(3)[0], Change::FailedOver { shard: 0, to: 4, .. }));
+        cluster.begin();
+        assert_eq!(cluster.gone(4), [Change::Lost { shard: 0 }, Change::Lost { shard: 1 }]);
+    }
+
     #[test]
     fn each_is_primary_of_one_and_backup_of_the_other() {
         let cluster = pair();
@@ -334,6 +402,7 @@ mod tests {
     #[test]
     fn a_backup_takes_over_only_when_it_holds_everything() {
         let mut cluster = pair();
+        cluster.begin();
         let epoch = cluster.placements()[0].epoch;
         assert_eq!(cluster.in_sync(2, 0, epoch), [], "not the primary");
         assert_eq!(cluster.in_sync(1, 0, epoch - 1), [], "an old epoch");
@@ -363,6 +432,7 @@ mod tests {
     #[test]
     fn the_only_holder_of_a_shard_is_waited_for() {
         let mut cluster = pair();
+        cluster.begin();
         for shard in 0..2 {
             let (epoch, primary) = (cluster.placements()[shard].epoch, shard as u64 + 1);
             assert_eq!(cluster.in_sync(primary, shard, epoch).len(), 1);

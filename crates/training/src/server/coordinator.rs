@@ -28,6 +28,8 @@ const UNREAD: usize = 1 << 16;
 const NAMES: usize = 4096;
 /// Characters of a name, at most.
 const NAME_CHARS: usize = 64;
+/// Characters of a reason, at most: it may hold what somebody sent.
+const REASON_CHARS: usize = 300;
 
 /// Something to tell the person who runs the job.
 #[derive(Clone, Debug, PartialEq)]
@@ -52,6 +54,28 @@ pub enum Event {
         /// It gave no sign of life for the lease; else its connection closed.
         silent: bool,
     },
+    /// Somebody sent what makes no sense, and was refused. Of one that does so again and again, every tenfold is told.
+    Refused {
+        /// Which server it was that refused; `None`: the coordinator itself.
+        by: Option<String>,
+        /// Who: a worker's name, or an address.
+        who: String,
+        /// Why.
+        reason: String,
+        /// How often by now.
+        times: u64,
+    },
+}
+
+/// Whether a job begins whose shards were loaded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Start {
+    /// It does.
+    Begun,
+    /// A shard has no backup yet that holds everything.
+    Wait,
+    /// A server died meanwhile with what it had: the shards are to be loaded again.
+    Reload,
 }
 
 /// A job's coordinator. Times are since any fixed beginning.
@@ -71,6 +95,8 @@ pub struct Coordinator {
     ticked: Option<Duration>,
     workers: BTreeMap<WorkerId, String>,
     servers: BTreeMap<ServerId, String>,
+    /// By whom was refused who (its name, or its host), and how often.
+    refused: BTreeMap<(Option<ServerId>, String), u64>,
 }
 
 /// Keeps a name, shortened to what one can read.
@@ -113,6 +139,7 @@ impl Coordinator {
             ticked: None,
             workers: BTreeMap::new(),
             servers: BTreeMap::new(),
+            refused: BTreeMap::new(),
         })
     }
 
@@ -129,6 +156,11 @@ impl Coordinator {
     /// How far the work is.
     pub fn progress(&self) -> &Progress {
         &self.progress
+    }
+
+    /// Whether the shards have their first weights. Until then nothing is handed out.
+    pub fn begun(&self) -> bool {
+        self.cluster.begun()
     }
 
     /// Changes whenever a server's duties do.
@@ -187,7 +219,10 @@ impl Coordinator {
             );
             self.failed.get_or_insert(reason);
         }
-        if let Event::Servers(Change::FailedOver { shard, epoch, .. }) = &event {
+        // Before the beginning it doesn't matter what a new primary holds: it is loaded anew.
+        if let Event::Servers(Change::FailedOver { shard, epoch, .. }) = &event
+            && self.cluster.begun()
+        {
             self.unheard.insert(*shard, *epoch);
         }
         if self.events.len() >= UNREAD {
@@ -265,6 +300,11 @@ impl Coordinator {
         if !self.cluster.heard(now, id) {
             return false;
         }
+        if let Report::Refused { worker, peer, reason } = report {
+            let who = worker.map_or(peer, |worker| self.worker_name(worker));
+            self.refused(Some(id), &who, &reason);
+            return true;
+        }
         if !self.cluster.is_primary(id, shard, epoch) {
             return true;
         }
@@ -274,9 +314,11 @@ impl Coordinator {
                 workers.into_iter().for_each(|worker| self.progress.fenced(shard, worker));
             }
             Report::Promoted(seen) => {
-                if self.unheard.get(&shard).is_some_and(|since| *since <= epoch) {
-                    self.unheard.remove(&shard);
+                // One that nobody waits for is of a shard that was loaded since, or says what is known.
+                if self.unheard.get(&shard).is_none_or(|since| *since > epoch) {
+                    return true;
                 }
+                self.unheard.remove(&shard);
                 let own = &self.spec.shards[shard];
                 let seen: Vec<(usize, u32, Seen)> =
                     seen.into_iter().filter(|(bucket, ..)| own.contains(bucket)).collect();
@@ -291,12 +333,33 @@ impl Coordinator {
                 let changes = self.cluster.suspect(id, shard, epoch);
                 self.changed(changes);
             }
+            Report::Refused { .. } => {}
             Report::Lag(lag) => {
                 self.lags.insert(shard, lag);
                 self.largest_lag = self.largest_lag.max(lag);
             }
         }
         true
+    }
+
+    /// Somebody sent what makes no sense to the coordinator, or to the server `by`: `who` is a name, or an address.
+    pub fn refused(&mut self, by: Option<ServerId>, who: &str, reason: &str) {
+        // Each connection has another port.
+        let host = who.rsplit_once(':').map_or(who, |(host, _)| host);
+        let key = (by, host.chars().take(NAME_CHARS).collect());
+        if self.refused.len() >= NAMES && !self.refused.contains_key(&key) {
+            return;
+        }
+        let times = self.refused.entry(key).or_default();
+        *times += 1;
+        let times = *times;
+        if times.ilog10() == (times - 1).checked_ilog10().unwrap_or(u32::MAX) {
+            return;
+        }
+        let short =
+            |text: &str| -> String { text.chars().filter(|c| !c.is_control()).take(REASON_CHARS).collect() };
+        let by = by.map(|server| self.server_name(server));
+        self.note(Event::Refused { by, who: short(who), reason: short(reason), times });
     }
 
     fn ready(&mut self, shard: usize, ready: Ready) {
@@ -340,10 +403,44 @@ impl Coordinator {
             return Some(Grant::Finished);
         }
         // Until a new primary has said what it holds, nobody knows what is left to do.
-        if !self.cluster.formed() || !self.unheard.is_empty() {
-            return Some(Grant::Wait);
+        if !self.cluster.begun() || !self.unheard.is_empty() {
+            return Some(self.progress.wait(now, id));
         }
         Some(self.progress.claim(now, id))
+    }
+
+    /// What a worker computed of a group is no number, and its servers left it out; `false`: it was given up.
+    pub fn not_finite(&mut self, now: Duration, id: WorkerId, group: u64, attempt: u32) -> bool {
+        if !self.progress.heard(now, id) {
+            return false;
+        }
+        if let Some(happened) = self.progress.not_finite(id, group, attempt) {
+            let name = self.worker_name(id);
+            self.refused(None, &name, "its gradient is no number; another worker computes it");
+            self.work(happened);
+        }
+        true
+    }
+
+    /// Whether what the servers of these epochs, one a shard, have acknowledged is still there. An acknowledgement of a primary
+    /// that was replaced meanwhile is none. Changes of the backup alone take nothing away.
+    fn stands(&self, epochs: &[u64]) -> bool {
+        let mut primaries = self.cluster.placements().iter().zip(epochs);
+        primaries.len() == self.cluster.placements().len()
+            && primaries.all(|(placement, epoch)| *epoch >= placement.since && placement.primary.is_some())
+    }
+
+    /// The servers of these epochs, one a shard, have acknowledged the first weights: the job begins, if they are still there
+    /// and every shard has a backup too. `bare`: it begins without backups.
+    pub fn begin(&mut self, epochs: &[u64], bare: bool) -> Start {
+        if !self.stands(epochs) {
+            Start::Reload
+        } else if !bare && !self.cluster.protected() {
+            Start::Wait
+        } else {
+            self.cluster.begin();
+            Start::Begun
+        }
     }
 
     /// A worker says that the servers of these epochs, one a shard, have acknowledged its pushes; `None`: it was given up.
@@ -359,14 +456,7 @@ impl Coordinator {
         if !self.progress.heard(now, id) {
             return None;
         }
-        // An acknowledgement of a primary that was replaced meanwhile is none. Changes of the backup alone take nothing
-        // away.
-        let primaries = self.cluster.placements().iter().zip(epochs);
-        let stands = primaries.len() == self.cluster.placements().len()
-            && primaries
-                .into_iter()
-                .all(|(placement, epoch)| *epoch >= placement.since && placement.primary.is_some());
-        if !stands || !self.unheard.is_empty() {
+        if !self.stands(epochs) || !self.unheard.is_empty() {
             return Some(Verdict::Again);
         }
         let (verdict, happened) = self.progress.finish(id, group, attempt, losses, effort);

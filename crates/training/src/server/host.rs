@@ -25,8 +25,11 @@ use super::cluster::{Duty, ServerId};
 use super::op::Op;
 use super::replica::Replica;
 use super::spec::Spec;
-use super::wire::{Ask, Duties, Told};
+use super::wire::{Ask, Duties, Report, Told};
 use crate::Error;
+
+/// Refusals that wait to be told, at most.
+const REFUSALS: usize = 64;
 
 /// How to be a server.
 #[derive(Clone, Debug)]
@@ -87,6 +90,7 @@ fn life(options: &HostOptions) -> Result<Ending, Error> {
         shards: Mutex::new(BTreeMap::new()),
         heard: Mutex::new(Instant::now()),
         news: (Mutex::new(0), Condvar::new()),
+        refusals: Mutex::default(),
         over: AtomicBool::new(false),
     });
     let limits = Limits::new(host.spec.body_bytes());
@@ -132,6 +136,8 @@ struct Host {
     heard: Mutex<Instant>,
     /// Counts what the reporter may have to tell.
     news: (Mutex<u64>, Condvar),
+    /// What the reporter has to tell of those who were refused.
+    refusals: Mutex<Vec<Report>>,
     over: AtomicBool,
 }
 
@@ -165,6 +171,16 @@ impl Host {
     fn tell(&self) {
         *lock(&self.news.0) += 1;
         self.news.1.notify_all();
+    }
+
+    /// Somebody was refused: the coordinator hears of it, and of the first ones where there are very many.
+    fn refuse(&self, worker: Option<u64>, peer: &str, reason: &str) {
+        let mut refusals = lock(&self.refusals);
+        if refusals.len() < REFUSALS {
+            refusals.push(Report::Refused { worker, peer: peer.to_owned(), reason: reason.to_owned() });
+            drop(refusals);
+            self.tell();
+        }
     }
 
     fn hosted(&self, shard: usize) -> Option<Arc<Hosted>> {

@@ -22,7 +22,7 @@ use super::spec::Spec;
 use super::wire::{Ask, Told, head, said};
 use crate::Error;
 
-pub use holdings::Holdings;
+pub use holdings::{Holdings, Loading};
 
 /// How long processes are given to hear that the job is over.
 const FAREWELL: Duration = Duration::from_secs(2);
@@ -77,9 +77,10 @@ impl Shared {
         }
         let who = match &ask {
             Ask::Duty { server, .. } | Ask::Report { server, .. } => Some(Who::Server(*server)),
-            Ask::Beat { worker } | Ask::Claim { worker } | Ask::Finish { worker, .. } => {
-                Some(Who::Worker(*worker))
-            }
+            Ask::Beat { worker }
+            | Ask::Claim { worker }
+            | Ask::Finish { worker, .. }
+            | Ask::NotFinite { worker, .. } => Some(Who::Worker(*worker)),
             Ask::Job | Ask::Register { .. } | Ask::Join { .. } | Ask::Routes => None,
         };
         if let Some(who) = who {
@@ -115,6 +116,12 @@ impl Shared {
                 match inner.coordinator.finish(now, worker, (group, attempt), &epochs, losses, effort) {
                     Some(verdict) => Told::Verdict(verdict),
                     None => Told::Unknown,
+                }
+            }
+            Ask::NotFinite { worker, group, attempt } => {
+                match inner.coordinator.not_finite(now, worker, group, attempt) {
+                    true => Told::Fine,
+                    false => Told::Unknown,
                 }
             }
             Ask::Routes => match inner.coordinator.failed() {
@@ -165,15 +172,15 @@ impl Shared {
 }
 
 impl Service for Shared {
-    fn answer(&self, connection: u64, question: Message) -> Option<Message> {
-        let told = match said(&question.head) {
-            Ok(ask) => Shared::answer(self, connection, ask),
-            Err(error) => {
-                tracing::warn!(%error, "hung up");
-                return None;
-            }
-        };
-        Some(Message { head: head(&told), body: Vec::new() })
+    fn answer(&self, connection: u64, question: Message) -> Result<Message, String> {
+        let ask = said(&question.head).map_err(|error| error.to_string())?;
+        let told = Shared::answer(self, connection, ask);
+        Ok(Message { head: head(&told), body: Vec::new() })
+    }
+
+    fn refused(&self, peer: &str, reason: &str) {
+        self.lock().coordinator.refused(None, peer, reason);
+        self.changed.notify_all();
     }
 
     fn closed(&self, connection: u64) {

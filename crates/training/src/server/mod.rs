@@ -60,9 +60,9 @@ mod worker;
 
 pub use client::Connect;
 pub use cluster::{Change, Cluster, Duty, Placement, Route, ServerId};
-pub use coordinator::{Coordinator, Event, ShardView, View, Waits, WorkerView};
+pub use coordinator::{Coordinator, Event, ShardView, Start, View, Waits, WorkerView};
 pub use host::{HostOptions, host};
-pub use lead::{Holdings, Lead};
+pub use lead::{Holdings, Lead, Loading};
 pub use learner::Learner;
 pub use op::{Bits, Decision, Op, Outcome, Push, Ready, Terms};
 pub use progress::{Claim, Grant, Happened, Progress, Spent, Verdict, WorkerId};

@@ -44,6 +44,16 @@ pub enum Op {
     },
 }
 
+impl Op {
+    /// Whose push it is.
+    pub fn worker(&self) -> Option<u64> {
+        match self {
+            Op::Push(push) => Some(push.worker),
+            Op::Load { .. } | Op::Apply(_) | Op::Fence { .. } => None,
+        }
+    }
+}
+
 /// A group's gradient of a bucket. Group and bucket name it: whoever sends it again, it counts once.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Push {
@@ -102,6 +112,8 @@ pub enum Outcome {
     Taken,
     /// It was there already, or is of a step or try that is over.
     Known,
+    /// It holds what is no number, and changes nothing: the step would hold none either.
+    NotFinite,
     /// It can't be: from a fenced worker, or of no sense here.
     Refused(String),
 }

@@ -26,6 +26,7 @@ use consort_model::train::Loss;
 use consort_tensor::train::exact::Grid;
 use serde::{Deserialize, Serialize};
 
+pub(super) use self::steps::ATTEMPTS;
 use super::op::{Decision, Ready};
 use super::seen::Seen;
 use super::spec::{Mode, Spec};
@@ -165,6 +166,8 @@ struct Step {
     losses: Vec<Option<Vec<Loss>>>,
     /// Who claimed each group last.
     by: Vec<Option<WorkerId>>,
+    /// Groups that came to what is no number, and on which worker first.
+    not_finite: BTreeMap<u64, WorkerId>,
 }
 
 /// A job's groups and workers. Times are since any fixed beginning.
@@ -211,7 +214,7 @@ impl Progress {
             reopened: BTreeSet::new(),
             next: steps * spec.groups,
             claimed: BTreeMap::new(),
-            step: Step { step: steps, attempt: 0, exponents, ready, losses, by },
+            step: Step { step: steps, attempt: 0, exponents, ready, losses, by, not_finite: BTreeMap::new() },
             decision: None,
             updates,
             round: (steps, Loss::default()),

@@ -19,6 +19,7 @@ use consort_tensor::train::optimizer::square_sum;
 
 use super::aggregate::{distances, median, trimmed_mean};
 use super::op::{Bits, Decision, Op, Outcome, Push, Ready, Terms};
+use super::progress::ATTEMPTS;
 use super::seen::Seen;
 use super::spec::{Aggregate, Mode, Spec};
 use crate::Error;
@@ -34,7 +35,7 @@ pub struct Counts {
     pub taken: u64,
     /// Pushes that were there already.
     pub known: u64,
-    /// Pushes that held what is no number, and moved nothing.
+    /// Pushes that held what is no number, and changed nothing.
     pub not_finite: u64,
 }
 
@@ -201,7 +202,16 @@ impl Shard {
             self.counts.known += 1;
             return Outcome::Known;
         }
+        if push.attempt > ATTEMPTS {
+            return Outcome::Refused(format!("try {} of a step that has {ATTEMPTS}", push.attempt));
+        }
         let outcome = match (self.spec.mode, self.spec.aggregate, push.terms) {
+            (Mode::Synchronous, Aggregate::Mean, Terms::Sums { largest, .. })
+                if !f32::from_bits(largest).is_finite() =>
+            {
+                self.counts.not_finite += 1;
+                Outcome::NotFinite
+            }
             (Mode::Synchronous, Aggregate::Mean, Terms::Sums { exponent, largest }) => {
                 bucket.add(pool, &self.spec, push, (exponent, largest), body)
             }
@@ -459,6 +469,25 @@ pub(super) mod tests {
         refused(shard.apply(&pool, &Op::Apply(decision), &[]), "not complete");
         assert_eq!(shard.log(), log + 2);
         assert!(Shard::new(Arc::new(spec(&[4], 1)), 3).is_err());
+    }
+
+    #[test]
+    fn what_is_no_number_stays_out_of_an_exact_sum() {
+        let (mut shard, pool) = loaded(spec(&[4], 1));
+        let body = link::bytes(&[1i64 << 40; 4]).to_vec();
+        for largest in [f32::NAN, f32::INFINITY] {
+            let terms = Terms::Sums { exponent: 40, largest: largest.to_bits() };
+            let push = Op::Push(Push { worker: 7, group: 0, attempt: 0, bucket: 0, terms });
+            assert_eq!(shard.apply(&pool, &push, &body), Outcome::NotFinite);
+        }
+        // Somebody else's of the same group counts.
+        (0..4).for_each(|group| assert_eq!(shard.apply(&pool, &push(group, 0, 40), &body), Outcome::Taken));
+        assert_eq!((shard.ready().count(), shard.counts().not_finite), (1, 2));
+        let far = match push(0, 0, 40) {
+            Op::Push(push) => Op::Push(Push { attempt: ATTEMPTS + 1, ..push }),
+            op => op,
+        };
+        refused(shard.apply(&pool, &far, &body), "try 4");
     }
 
     #[test]

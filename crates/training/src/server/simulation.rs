@@ -6,6 +6,7 @@ mod worker;
 mod world;
 
 use self::world::{STORM, Weather, World};
+use super::cluster::Change;
 use super::coordinator::Event;
 use super::progress::Happened;
 use super::spec::tests::spec;
@@ -63,6 +64,30 @@ fn synchronous_steps_have_the_same_bits_whoever_dies() {
         assert!(lost > 0, "a lagging backup never took over");
         assert_eq!(redone > 0, aggregate == Aggregate::Mean);
     }
+}
+
+/// Servers die while they get their first weights, one after the other and all at once.
+#[test]
+fn the_first_weights_arrive_whoever_dies_meanwhile() {
+    let mut quiet = World::new(0, job(2), 2, 2, Weather::default());
+    quiet.run();
+    let (reference, mut reloads, mut emptied) = (quiet.weights(), 0, 0);
+    for seed in seeds() {
+        let weather = Weather {
+            loading_ms: 4 + seed % 12,
+            bare: seed % 3 == 0,
+            loses_one_in: 20,
+            lags: 3 * (seed % 2),
+            ..Weather::default()
+        };
+        let mut world = World::new(seed, job(1 + (seed % 3) as usize), 2 + (seed % 2) as usize, 2, weather);
+        world.run();
+        assert_eq!(world.weights(), reference, "seed {seed}");
+        world.each_once();
+        reloads += world.reloads;
+        emptied += world.count(|e| matches!(e, Event::Servers(Change::Emptied { .. })));
+    }
+    assert!(reloads > 0 && emptied > 0, "{reloads} reloads, {emptied} shards were emptied");
 }
 
 #[test]

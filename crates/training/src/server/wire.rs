@@ -40,6 +40,15 @@ pub enum Report {
     Suspect,
     /// Changes that the backup lacks.
     Lag(u64),
+    /// Somebody sent what makes no sense.
+    Refused {
+        /// Who says that it is this worker.
+        worker: Option<WorkerId>,
+        /// Where it is.
+        peer: String,
+        /// Why.
+        reason: String,
+    },
 }
 
 /// What a group took, on its worker: for people alone.
@@ -98,6 +107,8 @@ pub(super) enum Ask {
         losses: Vec<LossBits>,
         effort: Effort,
     },
+    /// A worker's group came to what is no number.
+    NotFinite { worker: WorkerId, group: u64, attempt: u32 },
     /// Where are the shards?
     Routes,
 }

@@ -22,6 +22,9 @@ use super::progress::WorkerId;
 use super::wire::{Ask, Told};
 use crate::Error;
 
+/// Lives in a row that end with a refusal and without a group that counts, after which a worker gives itself up.
+const FRUITLESS: usize = 8;
+
 /// Computes gradients.
 pub trait Compute {
     /// The lengths of the buckets, in the order in which backward completes them.
@@ -81,6 +84,7 @@ pub fn work(connect: &Connect, compute: &mut dyn Compute) -> Result<Worked, Erro
             compute.buckets()
         )));
     }
+    let (mut fruitless, mut groups) = (0, 0);
     loop {
         let office = connect.coordinator()?;
         let id = match office.ask(&Ask::Join { name: connect.name.clone() })? {
@@ -104,9 +108,17 @@ pub fn work(connect: &Connect, compute: &mut dyn Compute) -> Result<Worked, Erro
         match ending {
             Ok(Ending::JobOver) | Err(Error::Ended) => return Ok(worked),
             Err(error) => return Err(error),
-            Ok(Ending::GivenUp) => {
+            Ok(Ending::GivenUp(refused)) => {
                 tracing::info!(worker = id, "was given up; comes back as new");
                 worked.returns += 1;
+                // Once, as it was away; again and again without a group that counts, as what it sends is wrong.
+                (fruitless, groups) =
+                    if worked.groups > groups { (1, worked.groups) } else { (fruitless + 1, groups) };
+                if let Some(reason) = refused.filter(|_| fruitless >= FRUITLESS) {
+                    return Err(Error::Server(format!(
+                        "servers refuse what this worker sends, again and again: {reason}"
+                    )));
+                }
             }
         }
     }
@@ -114,7 +126,8 @@ pub fn work(connect: &Connect, compute: &mut dyn Compute) -> Result<Worked, Erro
 
 enum Ending {
     JobOver,
-    GivenUp,
+    /// Why a server refused what it sent, if that was it.
+    GivenUp(Option<String>),
 }
 
 /// Says that the worker lives.

@@ -132,10 +132,37 @@ fn lines(from: impl Read) -> impl Iterator<Item = String> {
         let mut line = Vec::new();
         match (&mut from).take(MOST_CHARS).read_until(b'\n', &mut line) {
             Ok(0) | Err(_) => None,
-            Ok(_) => {
-                let text = String::from_utf8_lossy(&line);
-                Some(text.chars().filter(|c| !c.is_control()).collect())
-            }
+            Ok(_) => Some(plain(&String::from_utf8_lossy(&line))),
         }
     })
+}
+
+/// A line without escape sequences and other control characters. A sequence is `ESC [`, parameters, and a letter; without its
+/// first character alone the rest would be left to read.
+fn plain(line: &str) -> String {
+    let mut text = String::with_capacity(line.len());
+    let mut characters = line.chars().peekable();
+    while let Some(c) = characters.next() {
+        if c == '\u{1b}' && characters.next_if_eq(&'[').is_some() {
+            // Its last character is the first one from `@` to `~` (ECMA-48, 5.4).
+            let _ = characters.by_ref().find(|c| ('@'..='~').contains(c));
+        } else if !c.is_control() || c == '\t' {
+            text.push(c);
+        }
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lines_of_workers_are_plain_and_bounded() {
+        let said = b"\x1b[2m12:00\x1b[0m \x1b[33m WARN\x1b[0m refused\x07\r\na\tb\n\x1b[\n\x1b]x";
+        let heard: Vec<String> = lines(&said[..]).collect();
+        assert_eq!(heard, ["12:00  WARN refused", "a\tb", "", "]x"]);
+        let long = vec![b'x'; MOST_CHARS as usize + 7];
+        assert_eq!(lines(&long[..]).map(|line| line.len()).collect::<Vec<_>>(), [MOST_CHARS as usize, 7]);
+    }
 }

@@ -8,6 +8,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
+use consort_collectives::Store;
 use consort_training::parallel::{Activity, Finished, Reason};
 use consort_training::report::What;
 
@@ -55,6 +56,8 @@ pub(super) struct Begin<'a> {
     /// Others than this launcher start most workers.
     pub(super) external: bool,
     pub(super) served: Option<Served>,
+    /// Where workers meet who have no servers.
+    pub(super) store: Option<&'a Store>,
     pub(super) news: SyncSender<News>,
     pub(super) metrics: Metrics,
     pub(super) show: Show,
@@ -72,6 +75,7 @@ pub(super) struct Watch<'a> {
     pub(super) trainers: usize,
     /// The coordinator of a job around servers, until it has ended.
     pub(super) served: Option<Served>,
+    store: Option<&'a Store>,
     /// Places that get a new worker, and when.
     pub(super) due: VecDeque<(Duration, usize)>,
     pub(super) replacements: Replacements,
@@ -100,8 +104,18 @@ pub(super) struct Watch<'a> {
 
 impl<'a> Watch<'a> {
     pub(super) fn new(begin: Begin<'a>) -> Watch<'a> {
-        let Begin { source, meeting, workers: trainers, external, served, news, metrics, show, status } =
-            begin;
+        let Begin {
+            source,
+            meeting,
+            workers: trainers,
+            external,
+            served,
+            store,
+            news,
+            metrics,
+            show,
+            status,
+        } = begin;
         let all = trainers + source.job.servers.map_or(0, |servers| servers.count);
         Watch {
             source,
@@ -111,6 +125,7 @@ impl<'a> Watch<'a> {
             workers: (0..all).map(|number| Worker::new(number, trainers)).collect(),
             trainers,
             served,
+            store,
             due: VecDeque::new(),
             replacements: Replacements::default(),
             stopping: None,
@@ -206,6 +221,9 @@ impl<'a> Watch<'a> {
             finished.steps
         );
         self.record(What::CheckpointFailed, text);
+        if let Some(store) = self.store {
+            store.reopen();
+        }
         (self.finished, self.members, self.unaccounted) = (None, 0, 0);
         self.due = (0..self.trainers).map(|number| (when, number)).collect();
         true

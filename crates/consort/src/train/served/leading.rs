@@ -19,7 +19,7 @@ use consort_training::parallel::{
 };
 use consort_training::report::What;
 use consort_training::server::{Change, Event, Happened, Holdings, Lead, Mode, Replication, Spent};
-use consort_training::{Layout, Loss};
+use consort_training::{Error, Layout, Loss};
 
 use super::{Told, spec};
 use crate::train::meeting::Meeting;
@@ -99,7 +99,14 @@ pub(super) fn lead(
         }
         leading.listen();
     }
-    leading.lead.load(&begin)?;
+    let mut watch = |_| {
+        tell(Told::View(Box::new(leading.lead.view())));
+        if stop.load(Ordering::Relaxed) { Control::Stop } else { Control::Go }
+    };
+    match leading.lead.load_watched(&begin, &mut watch) {
+        Err(Error::Ended) => return Ok(None),
+        loaded => loaded?,
+    }
     drop(begin);
     if servers.count == 1 {
         leading.note(
@@ -328,6 +335,11 @@ impl Leading<'_> {
                 self.members.remove(&worker);
                 self.count();
             }
+            Event::Refused { by, who, reason, times } => {
+                let by = by.unwrap_or_else(|| "the launcher".into());
+                let again = if times > 1 { format!(" ({times} times by now)") } else { String::new() };
+                self.note(format!("{by} refused {who}: {reason}{again}; the job goes on"));
+            }
             Event::Work(happened) => self.happened(happened),
             Event::Servers(change) => self.changed(&change),
         }
@@ -384,6 +396,10 @@ impl Leading<'_> {
                     false => self.note(format!("shard {shard} has a backup again: {}", name(backup))),
                 }
             }
+            Change::Emptied { shard, from, .. } => self.note(format!(
+                "{} is gone before the job began; shard {shard} gets its first weights again",
+                name(from)
+            )),
             Change::Lost { shard } => self.note(format!("shard {shard} is lost")),
         }
     }

@@ -98,6 +98,7 @@ fn waits_for(view: &View, waits: &Waits) -> String {
         Waits::Groups { by, .. } if by.is_empty() => "the servers, which move the weights".into(),
         Waits::Groups { by, shared: false } => format!("the last groups, which {} has", names(view, by)),
         Waits::Groups { by, shared: true } => format!("the others' gradients: {}", names(view, by)),
+        Waits::Weights => "the first weights, which servers get".into(),
         Waits::Servers => "servers: a shard has nobody yet who answers for it".into(),
     }
 }

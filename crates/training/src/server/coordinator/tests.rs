@@ -14,7 +14,40 @@ fn begun(spec: Spec) -> Coordinator {
     for server in ["server 0", "server 1"] {
         coordinator.register(at(0), "a", server);
     }
+    let epochs = epochs(&coordinator);
+    assert_eq!(coordinator.begin(&epochs, true), Start::Begun);
     coordinator
+}
+
+fn epochs(coordinator: &Coordinator) -> Vec<u64> {
+    coordinator.cluster().placements().iter().map(|p| p.epoch).collect()
+}
+
+/// One that was resumed: the report of a server that took over a shard before it was loaded would have every step before
+/// computed again.
+#[test]
+fn a_job_begins_when_its_servers_have_all_and_not_before() {
+    let mut coordinator = Coordinator::new(Arc::new(job(Mode::Synchronous)), 2, 3, 3, None).unwrap();
+    coordinator.tick(at(0));
+    for name in ["server 0", "server 1"] {
+        coordinator.register(at(0), "a", name);
+    }
+    let worker = coordinator.join(at(0), "");
+    assert_eq!(works(&mut coordinator, worker), None, "there are no weights");
+    assert_eq!(coordinator.view(at(2)).workers[0].waits.as_ref().unwrap().0, Waits::Weights);
+    let first = epochs(&coordinator);
+    assert_eq!(coordinator.begin(&first, false), Start::Wait);
+    coordinator.report(at(1), 1, 0, first[0], Report::InSync);
+    coordinator.report(at(1), 2, 1, first[1], Report::InSync);
+    coordinator.server_gone(1);
+    assert_eq!((coordinator.begin(&first, true), coordinator.failed()), (Start::Reload, None));
+    let second = epochs(&coordinator);
+    let nothing = vec![(0, 0, Seen::default()), (1, 0, Seen::default())];
+    coordinator.report(at(1), 2, 0, second[0], Report::Promoted(nothing.clone()));
+    assert_eq!(coordinator.begin(&second, true), Start::Begun);
+    coordinator.report(at(1), 2, 0, second[0], Report::Promoted(nothing));
+    assert!(!coordinator.events().iter().any(|e| matches!(e, Event::Work(Happened::LostPushes { .. }))));
+    assert_eq!(works(&mut coordinator, worker), Some(6));
 }
 
 fn job(mode: Mode) -> Spec {

@@ -66,6 +66,8 @@ pub enum Waits {
         /// It has given its share of gradients that are compared.
         shared: bool,
     },
+    /// For the first weights, which servers get.
+    Weights,
     /// For servers: a shard has nobody yet, or somebody new who hasn't said what he has.
     Servers,
 }
@@ -96,8 +98,8 @@ impl Coordinator {
         let mut workers = self.progress.view(now);
         for worker in &mut workers {
             worker.name = self.worker_name(worker.worker);
-            if let Some((waits, _)) = worker.waits.as_mut().filter(|_| servers) {
-                *waits = Waits::Servers;
+            if let Some((waits, _)) = worker.waits.as_mut().filter(|_| servers || !self.begun()) {
+                *waits = if servers { Waits::Servers } else { Waits::Weights };
             }
         }
         let shard = |(shard, placement): (usize, &crate::server::Placement)| {

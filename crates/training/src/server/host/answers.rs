@@ -35,14 +35,29 @@ impl Host {
             state = wait(&hosted.changed, state, left);
         }
         let State { replica, pool, .. } = &mut *state;
+        let not_finite = replica.shard().counts().not_finite;
         let Some((outcome, log)) = replica.change(pool, op, &body) else {
             return Answer::Elsewhere { epoch: replica.epoch() };
         };
+        // In an exact sum its worker is told, and tells the coordinator.
+        if outcome == Outcome::Taken && replica.shard().counts().not_finite > not_finite {
+            self.refuse(op.worker(), "a process of the job", "its gradient is no number and moves nothing");
+        }
         if outcome == Outcome::Taken {
             hosted.changed.notify_all();
             self.tell();
         }
-        if matches!(outcome, Outcome::Refused(_)) {
+        if let Outcome::Refused(reason) = &outcome {
+            let (epoch, worker) = (state.replica.epoch(), op.worker());
+            // What a fenced worker sends is no news: it was away.
+            let fenced = worker.is_some_and(|worker| state.replica.shard().fences(worker));
+            drop(state);
+            if !fenced {
+                self.refuse(worker, "a process of the job", reason);
+            }
+            return Answer::Outcome { epoch, outcome };
+        }
+        if outcome == Outcome::NotFinite {
             return Answer::Outcome { epoch: state.replica.epoch(), outcome };
         }
         let firm = matches!(op, Op::Load { .. });
@@ -121,19 +136,19 @@ fn left(until: Instant) -> Option<Duration> {
 }
 
 impl Service for Host {
-    fn answer(&self, _: u64, question: Message) -> Option<Message> {
+    fn refused(&self, peer: &str, reason: &str) {
+        self.refuse(None, peer, reason);
+    }
+
+    fn answer(&self, _: u64, question: Message) -> Result<Message, String> {
         let Message { head: order, body } = question;
-        let order = match said(&order) {
-            Ok(order) => order,
-            Err(error) => {
-                tracing::warn!(%error, "hung up");
-                return None;
-            }
-        };
+        let order = said(&order).map_err(|error| error.to_string())?;
         let (answer, body) = match order {
             Order::Change { shard, epoch, op } => match op {
                 // Decisions and fences come from the coordinator alone.
-                Op::Apply(_) | Op::Fence { .. } => return None,
+                Op::Apply(_) | Op::Fence { .. } => {
+                    return Err("it decides what the coordinator alone may decide".into());
+                }
                 op => (self.change(shard, epoch, &op, body), Vec::new()),
             },
             Order::Pull { shard, epoch, bucket, step } => self.pull(shard, epoch, bucket, step, false),
@@ -153,6 +168,6 @@ impl Service for Host {
                 (self.follow(shard, epoch, held), Vec::new())
             }
         };
-        Some(Message { head: head(&answer), body })
+        Ok(Message { head: head(&answer), body })
     }
 }

@@ -25,6 +25,10 @@ impl Host {
                 }
                 seen = *news;
             }
+            for report in std::mem::take(&mut *lock(&self.refusals)) {
+                // Of no shard in particular. What isn't heard of was logged.
+                let _ = office.ask(&Ask::Report { server, shard: 0, epoch: 0, report });
+            }
             let shards: Vec<(usize, Arc<Hosted>)> =
                 lock(&self.shards).iter().map(|(shard, hosted)| (*shard, Arc::clone(hosted))).collect();
             for (shard, hosted) in shards {
@@ -77,6 +81,7 @@ fn key(report: &Report) -> String {
         Report::InSync => "in sync".into(),
         Report::Suspect => "suspect".into(),
         Report::Lag(lag) => format!("lag {lag}"),
+        Report::Refused { .. } => "refused".into(),
     }
 }
 

@@ -15,6 +15,14 @@ impl Progress {
         grant
     }
 
+    /// A worker that has nothing to do gets nothing for now, whatever there is.
+    pub(in crate::server) fn wait(&mut self, now: Duration, id: WorkerId) -> Grant {
+        if let Some(worker) = self.workers.get_mut(&id) {
+            worker.waits.get_or_insert(now);
+        }
+        Grant::Wait
+    }
+
     fn grant(&mut self, now: Duration, id: WorkerId) -> Grant {
         let Some(worker) = self.workers.get(&id).filter(|worker| worker.unfenced.is_empty()) else {
             return Grant::Wait;
@@ -38,8 +46,15 @@ impl Progress {
             Mode::Synchronous => (self.step.step + 1) * self.spec.groups,
             _ => self.spec.total(),
         };
-        let group = match self.reopened.pop_first() {
-            Some(group) => group,
+        // What came to no number on this worker is for another one, while there is one.
+        let alone = self.live().count() <= 1;
+        let mine = |group: &u64| !alone && self.step.not_finite.get(group) == Some(&id);
+        let reopened = self.reopened.iter().copied().find(|group| !mine(group));
+        let group = match reopened {
+            Some(group) => {
+                self.reopened.remove(&group);
+                group
+            }
             None if self.next < end => {
                 self.next += 1;
                 self.next - 1
@@ -94,7 +109,8 @@ impl Progress {
         let late = |claims: &Vec<(WorkerId, Duration)>| {
             claims.len() == 1 && claims[0].0 != id && now.saturating_sub(claims[0].1) >= patience
         };
-        let late = self.claimed.iter().filter(|(_, claims)| late(claims));
+        let mine = |group: &u64| self.step.not_finite.get(group) == Some(&id);
+        let late = self.claimed.iter().filter(|(group, claims)| late(claims) && !mine(group));
         late.min_by_key(|(_, claims)| claims[0].1).map(|(group, _)| *group)
     }
 }

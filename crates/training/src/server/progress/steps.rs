@@ -13,7 +13,7 @@ use crate::server::spec::{Aggregate, Mode};
 use crate::server::wire::Effort;
 
 /// Times that one step is done again before somebody must be wrong about its gradients.
-const ATTEMPTS: u32 = 3;
+pub(in crate::server) const ATTEMPTS: u32 = 3;
 
 impl Progress {
     /// A worker says that every server has acknowledged its pushes of a group. `losses` are its micro-batches'.
@@ -60,6 +60,29 @@ impl Progress {
         }
         self.finished = self.done.count() == self.spec.total();
         (Verdict::Accepted, happened)
+    }
+
+    /// What a worker computed of a group is no number. Somebody else tries it: a worker may be wrong. Where nobody else is
+    /// there, or another one comes to the same, it is the job that has diverged. `None`: it doesn't matter any more.
+    pub fn not_finite(&mut self, id: WorkerId, group: u64, attempt: u32) -> Option<Vec<Happened>> {
+        let claims = self.claimed.get_mut(&group).filter(|claims| claims.iter().any(|(by, _)| *by == id))?;
+        if attempt != self.step.attempt || self.spec.mode != Mode::Synchronous {
+            return None;
+        }
+        claims.retain(|(by, _)| *by != id);
+        if claims.is_empty() {
+            self.claimed.remove(&group);
+            self.reopened.insert(group);
+        }
+        let first = *self.step.not_finite.entry(group).or_insert(id);
+        if first != id || self.live().count() <= 1 {
+            let step = self.step.step;
+            let reason = format!(
+                "step {step}: a gradient is no number; lower the learning rate or leave this data out"
+            );
+            return Some(vec![self.fail(reason)]);
+        }
+        Some(Vec::new())
     }
 
     /// A bucket's step is complete, and its backup, if it has one, holds it.
@@ -216,6 +239,7 @@ impl Progress {
         self.step.ready.fill(None);
         self.step.losses.fill(None);
         self.step.by.fill(None);
+        self.step.not_finite.clear();
         self.claimed.clear();
         self.reopened.clear();
         self.next = self.step.step * self.spec.groups;

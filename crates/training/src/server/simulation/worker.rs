@@ -9,6 +9,7 @@ use consort_model::train::Loss;
 use consort_tensor::train::exact::Grid;
 
 use super::world::{Worker, World};
+use crate::server::coordinator::Start;
 use crate::server::op::{Op, Outcome, Push, Terms};
 use crate::server::progress::{Claim, Grant, Verdict};
 use crate::server::spec::{Aggregate, Mode};
@@ -71,25 +72,35 @@ impl World {
         }
     }
 
+    /// The launcher's part: one bucket at a time, and all again where a server died with its part.
     fn load(&mut self) {
-        for bucket in 0..self.spec.buckets.len() {
-            let Some((shard, server)) = self.route(bucket) else { return };
-            let Some(replica) = self.servers[server].replicas.get_mut(&shard) else { return };
-            if !replica.room() {
-                return;
+        let bucket = self.load.len();
+        let Some(len) = self.spec.buckets.get(bucket).map(|bucket| bucket.len) else {
+            let of = |shard: &Vec<usize>| shard.iter().map(|bucket| self.load[*bucket]).min().unwrap();
+            let epochs: Vec<u64> = self.spec.shards.iter().map(of).collect();
+            match self.coordinator.begin(&epochs, self.weather.bare) {
+                Start::Begun => self.loaded = true,
+                Start::Wait => {}
+                Start::Reload => {
+                    self.reloads += 1;
+                    self.load.clear();
+                }
             }
-            let len = self.spec.buckets[bucket].len;
-            let mut values: Vec<f32> = (0..len).map(|i| (i + bucket) as f32 * 0.01 - 0.1).collect();
-            values.resize(len * (1 + self.spec.buffers()), 0.0);
-            let body = Arc::new(link::bytes(&values).to_vec());
-            replica.change(&self.pool, &Op::Load { bucket, step: 0, updates: 0 }, &body);
-        }
-        let safe = |shard: usize| {
-            let server = self.reach(&self.coordinator.cluster().routes().get(shard)?.address)?;
-            let replica = self.servers[server].replicas.get(&shard)?;
-            Some(replica.shard().loaded() && replica.safe(replica.shard().log(), true)?)
+            return;
         };
-        self.loaded = (0..self.spec.shards.len()).all(|shard| safe(shard) == Some(true));
+        let Some((shard, server)) = self.route(bucket) else { return };
+        let Some(replica) = self.servers[server].replicas.get_mut(&shard) else { return };
+        if !replica.room() {
+            return;
+        }
+        let mut values: Vec<f32> = (0..len).map(|i| (i + bucket) as f32 * 0.01 - 0.1).collect();
+        values.resize(len * (1 + self.spec.buffers()), 0.0);
+        let body = Arc::new(link::bytes(&values).to_vec());
+        let op = Op::Load { bucket, step: 0, updates: 0 };
+        let Some((_, log)) = replica.change(&self.pool, &op, &body) else { return };
+        if replica.safe(log, true) == Some(true) {
+            self.load.push(replica.epoch());
+        }
     }
 
     fn pull(&mut self, index: usize, claim: &Claim) {

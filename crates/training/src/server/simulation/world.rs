@@ -25,9 +25,14 @@ pub(super) struct Weather {
     pub(super) workers_ms: u64,
     /// A primary talks to its backup one time in so many that it could; 0: always.
     pub(super) lags: u64,
+    /// Until the job begins, some server dies about every so many ms, whoever has what.
+    pub(super) loading_ms: u64,
+    /// It begins without backups.
+    pub(super) bare: bool,
 }
 
-pub(super) const STORM: Weather = Weather { loses_one_in: 20, servers_ms: 150, workers_ms: 200, lags: 0 };
+pub(super) const STORM: Weather =
+    Weather { loses_one_in: 20, servers_ms: 150, workers_ms: 200, lags: 0, loading_ms: 0, bare: false };
 
 #[derive(Default)]
 pub(super) struct Server {
@@ -67,6 +72,9 @@ pub(super) struct World {
     pub(super) servers: Vec<Server>,
     pub(super) workers: Vec<Worker>,
     pub(super) loaded: bool,
+    /// The epoch in which each bucket got its first weights.
+    pub(super) load: Vec<u64>,
+    pub(super) reloads: u64,
     /// Pushes that come again, or come late.
     pub(super) late: Vec<(usize, usize, Op, Arc<Vec<u8>>)>,
     pub(super) events: Vec<Event>,
@@ -89,6 +97,8 @@ impl World {
             servers: (0..servers).map(|_| Server::default()).collect(),
             workers: (0..workers).map(worker).collect(),
             loaded: false,
+            load: Vec::new(),
+            reloads: 0,
             late: Vec::new(),
             events: Vec::new(),
             largest_spread: 0,
@@ -178,7 +188,16 @@ impl World {
     }
 
     pub(super) fn misfortune(&mut self) {
-        let Weather { servers_ms, workers_ms, .. } = self.weather;
+        let Weather { servers_ms, workers_ms, loading_ms, .. } = self.weather;
+        if loading_ms > 0 && !self.loaded && self.rng.below(loading_ms) == 0 {
+            let victim = self.rng.below(self.servers.len() as u64) as usize;
+            let back_at = self.now + self.rng.below(30);
+            let id = self.servers[victim].id;
+            self.servers[victim] = Server { dead: true, back_at, ..Server::default() };
+            if let Some(id) = id.filter(|_| self.rng.chance(0.8) || self.weather.bare) {
+                self.coordinator.server_gone(id);
+            }
+        }
         // One server at a time: when every shard has a backup again.
         let protected = self.loaded && self.coordinator.cluster().placements().iter().all(|p| p.in_sync);
         let well = |s: &Server| !s.dead && s.asleep_until <= self.now && s.cut_until <= self.now;

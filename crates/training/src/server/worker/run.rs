@@ -30,6 +30,8 @@ pub(super) struct Run<'r> {
     /// The step whose weights are here.
     held: Option<u64>,
     sums: Vec<Option<Vec<i64>>>,
+    /// Why a server refused the last push that was.
+    refused: Option<String>,
 }
 
 /// A group's pushes.
@@ -55,7 +57,7 @@ impl<'r> Run<'r> {
         worked: &'r mut Worked,
     ) -> Run<'r> {
         let sums = spec.buckets.iter().map(|_| None).collect();
-        Run { id, office, spec, carriers, compute, worked, held: None, sums }
+        Run { id, office, spec, carriers, compute, worked, held: None, sums, refused: None }
     }
 
     /// Until the job is over, or this worker is given up.
@@ -68,13 +70,13 @@ impl<'r> Run<'r> {
                 Told::Grant(Grant::Work(claim)) => claim,
                 Told::Grant(Grant::Wait) => continue,
                 Told::Grant(Grant::Finished) | Told::Ended => return Ok(Ending::JobOver),
-                Told::Unknown => return Ok(Ending::GivenUp),
+                Told::Unknown => return Ok(Ending::GivenUp(None)),
                 told => return Err(unexpected(&told)),
             };
             match self.group(&claim)? {
                 Some(Verdict::Accepted) => self.worked.groups += 1,
                 Some(Verdict::Over | Verdict::Again) => self.worked.vain += 1,
-                None => return Ok(Ending::GivenUp),
+                None => return Ok(Ending::GivenUp(self.refused.take())),
             }
         }
     }
@@ -95,6 +97,7 @@ impl<'r> Run<'r> {
         let began = Instant::now();
         // Those of an exact group are on their way already.
         let mut waiting: usize = if exact { pushes.len() } else { self.send(&pushes) };
+        let mut number = true;
         let verdict = loop {
             let mut epochs = vec![u64::MAX; self.spec.shards.len()];
             let mut given_up = false;
@@ -105,6 +108,7 @@ impl<'r> Run<'r> {
                         let slot = &mut epochs[self.carriers.shard[bucket]];
                         *slot = epoch.min(*slot);
                         given_up |= matches!(outcome, Outcome::Refused(_));
+                        number &= outcome != Outcome::NotFinite;
                         if let Outcome::Refused(reason) = outcome {
                             tracing::info!(
                                 worker = self.id,
@@ -113,6 +117,7 @@ impl<'r> Run<'r> {
                                 reason,
                                 "a push was refused"
                             );
+                            self.refused = Some(reason);
                         }
                     }
                     Done::Pulled { .. } | Done::Failed(_) => {}
@@ -120,6 +125,14 @@ impl<'r> Run<'r> {
             }
             if given_up {
                 break None;
+            }
+            if !number {
+                let question = Ask::NotFinite { worker: self.id, group: claim.group, attempt: claim.attempt };
+                break match self.office.ask(&question)? {
+                    Told::Unknown => None,
+                    Told::Fine | Told::Ended => Some(Verdict::Over),
+                    told => return Err(unexpected(&told)),
+                };
             }
             let losses = losses.iter().map(|&loss| loss.into()).collect();
             let (worker, group, attempt) = (self.id, claim.group, claim.attempt);
