@@ -182,10 +182,10 @@ fn mallory(meeting: &Meeting, routes: &[(String, u64)]) {
         }
         assert!(Instant::now() < until, "{told}");
     };
-    for route in 0..routes.len() {
+    for (shard, route) in routes.iter().enumerate() {
         // It lives, so that nobody gives it up meanwhile.
         assert_eq!(ask(&json!({"beat": {"worker": worker}})), json!("fine"));
-        wrong_numbers(meeting, (route, &routes[route]), &spec, worker, &claim);
+        wrong_numbers(meeting, (shard, route), &spec, worker, &claim);
     }
     nobody(meeting);
     let (group, attempt) = (&claim["group"], &claim["attempt"]);

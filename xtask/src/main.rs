@@ -1,6 +1,6 @@
 //! The repository's chores: `cargo xtask test` checks everything, `cargo xtask peers llama.cpp` measures both
 //! sides of the README's table, `cargo xtask peers gateway`, `balance` and `streams` measure the front door, `cargo xtask
-//! overload` floods a replica for a minute.
+//! overload` floods a replica for a minute, `stragglers` slows a worker of a training job down.
 //!
 //! Written in Rust so that a machine with a Rust toolchain needs nothing else to start.
 
@@ -14,6 +14,7 @@ mod overload;
 mod peers;
 mod replica;
 mod stages;
+mod stragglers;
 mod streams;
 mod tune;
 
@@ -50,6 +51,8 @@ enum Chore {
     Balance(balance::BalanceArguments),
     /// Opens many streams at once through the gateway: memory, and time between tokens.
     Streams(streams::StreamsArguments),
+    /// Measures what one slow worker of four costs a training job, and writes docs/stragglers.md.
+    Stragglers(stragglers::StragglersArguments),
     /// Measures which algorithm of the process groups is fastest for which length, and writes the table they choose by.
     Tune(tune::TuneArguments),
     /// Sends chat requests at a rate; a part of `peers gateway`.
@@ -66,6 +69,7 @@ fn main() -> ExitCode {
         Chore::Peers(arguments) => peers::compare(&root(), &arguments),
         Chore::Balance(arguments) => balance::measure(&root(), &arguments),
         Chore::Streams(arguments) => streams::measure(&root(), &arguments),
+        Chore::Stragglers(arguments) => stragglers::measure(&root(), &arguments),
         Chore::Tune(arguments) => tune::tune(&root(), &arguments),
         Chore::OpenLoop(load) => load.run(),
         Chore::Overload { seconds } => overload::flood(&root(), seconds),
