@@ -10,12 +10,11 @@ use bytes::Bytes;
 use consort_api::{
     ErrorBody, Fleet, FleetModel, FleetReplica, FleetVersion, Numerics, Protocol, ReadyReport,
 };
-use http_body_util::{BodyExt as _, Limited};
 use hyper::StatusCode;
 
 use crate::fleet::FleetError;
 use crate::proxy::trust::Trust;
-use crate::proxy::upstream::{AddressError, SendError, Upstream};
+use crate::proxy::upstream::{self, AddressError, SendError, Upstream};
 use crate::{Gateway, fleet};
 
 /// Between two rounds of questions.
@@ -163,16 +162,7 @@ fn is_replica(body: &[u8]) -> bool {
 }
 
 async fn get(upstream: &Upstream, path: &'static str) -> Result<(StatusCode, Bytes), AskError> {
-    let asking = async {
-        let mut connection = upstream.connect(PATIENCE).await.map_err(AskError::Send)?;
-        let mut request = hyper::Request::new(http_body_util::Full::default());
-        *request.uri_mut() = hyper::Uri::from_static(path);
-        let response = upstream.send(&mut connection, request).await.map_err(AskError::Send)?;
-        let status = response.status();
-        let body = Limited::new(response.into_body(), 1 << 20).collect().await.map_err(|_| AskError::Body)?;
-        Ok((status, body.to_bytes()))
-    };
-    tokio::time::timeout(PATIENCE, asking).await.unwrap_or(Err(AskError::Late))
+    upstream::ask(upstream, path, Bytes::new(), PATIENCE, 1 << 20).await.map_err(AskError::Send)
 }
 
 /// For the log alone.
@@ -182,6 +172,4 @@ enum AskError {
     Send(#[expect(dead_code, reason = "printed by Debug")] SendError),
     Models(#[expect(dead_code, reason = "printed by Debug")] StatusCode),
     Loading,
-    Body,
-    Late,
 }

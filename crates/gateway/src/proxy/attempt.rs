@@ -5,17 +5,15 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use consort_api::Protocol;
-use http_body::Body as _;
-use http_body_util::{BodyExt as _, Full, Limited};
-use hyper::body::Incoming;
-use hyper::header::{CONTENT_TYPE, HeaderMap, HeaderValue};
-use hyper::{Method, Request, Response, StatusCode};
-use tokio::sync::watch;
+use hyper::StatusCode;
+use hyper::header::{CONTENT_TYPE, HeaderMap};
 
 use super::chunk::Head;
 use super::plain::Plain;
 use super::sse::{Event, Events};
-use super::upstream::{Connection, SendError};
+use super::upstream::SendError;
+use super::vigil::Vigil;
+use super::wire::{Connection, Head as ResponseHead};
 use crate::fleet::{Replica, Ticket, Work};
 use crate::settings::ReplicaSettings;
 
@@ -88,7 +86,7 @@ pub(crate) enum Reply {
 
 /// A response, before it is anybody's.
 enum Taken {
-    Answer(Response<Incoming>, Connection, watch::Receiver<u64>),
+    Answer(ResponseHead, Connection),
     Refused(Box<Refused>),
 }
 
@@ -96,40 +94,13 @@ enum Taken {
 pub(crate) struct Attempt {
     pub(crate) ticket: Ticket,
     pub(crate) headers: HeaderMap,
-    body: Incoming,
-    connection: Option<Connection>,
+    connection: Connection,
     events: Events,
     /// What its chunks have in common.
     pub(crate) head: Head,
     /// When what is being told was read.
     pub(crate) read: Instant,
-    lost: watch::Receiver<u64>,
-    patience: Patience,
-}
-
-/// How long something is waited for.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Patience {
-    /// A connection.
-    pub(super) connect: Duration,
-    /// Without a byte, before the replica is asked whether it lives.
-    pub(super) suspect: Duration,
-    /// Without a byte at all.
-    pub(super) silence: Duration,
-}
-
-impl Patience {
-    fn with(replica: &Replica, settings: &ReplicaSettings) -> Patience {
-        Patience {
-            connect: settings.connect_timeout,
-            suspect: settings.suspect_after,
-            silence: match replica.protocol {
-                Protocol::Consort => settings.silence_timeout,
-                // It says nothing while it thinks; the request's own deadline holds.
-                Protocol::OpenAi => Duration::from_secs(86_400),
-            },
-        }
-    }
+    vigil: Vigil,
 }
 
 /// What is sent.
@@ -149,18 +120,17 @@ impl Attempt {
         deadline: Instant,
     ) -> Result<Reply, Failure> {
         let mut ticket = replica.ticket(question.work);
-        let patience = Patience::with(replica, settings);
-        let reply = Attempt::reply(replica, question, patience, deadline).await;
+        let mut vigil = Vigil::new(replica, settings);
+        let reply = Attempt::reply(replica, question, &mut vigil, deadline).await;
         // Whoever called learns how it went, and notes it. A caller that goes away in between never comes here.
         ticket.settled = !matches!(reply, Ok(Taken::Answer(..)));
-        let (response, connection, lost) = match reply? {
+        let (head, connection) = match reply? {
             Taken::Refused(refused) => return Ok(Reply::Refused(refused)),
-            Taken::Answer(response, connection, lost) => (response, connection, lost),
+            Taken::Answer(head, connection) => (head, connection),
         };
-        let (parts, body) = response.into_parts();
-        let (headers, connection) = (parts.headers, Some(connection));
+        let headers = head.headers;
         if replica.protocol == Protocol::OpenAi {
-            return Ok(Reply::Plain(Box::new(Plain { ticket, headers, body, connection, lost, patience })));
+            return Ok(Reply::Plain(Box::new(Plain { ticket, headers, connection, vigil })));
         }
         let kind = headers.get(CONTENT_TYPE);
         if !kind.is_some_and(|kind| kind.as_bytes().starts_with(b"text/event-stream")) {
@@ -168,41 +138,39 @@ impl Attempt {
             return Err(Failure::Garbage);
         }
         let (events, head, read) = (Events::default(), Head::default(), Instant::now());
-        let attempt = Attempt { ticket, headers, body, connection, events, head, read, lost, patience };
+        let attempt = Attempt { ticket, headers, connection, events, head, read, vigil };
         Ok(Reply::Stream(Box::new(attempt)))
     }
 
     async fn reply(
         replica: &Arc<Replica>,
         question: Question,
-        patience: Patience,
+        vigil: &mut Vigil,
         deadline: Instant,
     ) -> Result<Taken, Failure> {
-        let mut lost = replica.lost();
-        lost.mark_unchanged();
+        let Question { path, headers, body, .. } = &question;
         let sent = {
-            let mut sending = std::pin::pin!(send(replica, &question, patience.connect));
-            wait(&mut sending, replica, &mut lost, patience, deadline).await?
+            let timeout = vigil.patience.connect;
+            let mut sending = std::pin::pin!(replica.upstream.ask(path, headers, body, timeout));
+            vigil.wait(&mut sending, replica, deadline).await?
         };
-        let (response, connection) = sent.map_err(|error| match error {
+        let (head, mut connection) = sent.map_err(|error| match error {
             SendError::Connect(error) => Failure::Unreachable(error.to_string()),
             // No response at all: it can't be talked to.
             SendError::Broken { error, .. } => Failure::Unreachable(error.to_string()),
         })?;
         replica.seen_alive();
-        if response.status() == StatusCode::OK {
-            return Ok(Taken::Answer(response, connection, lost));
+        if head.status == StatusCode::OK {
+            return Ok(Taken::Answer(head, connection));
         }
-        let (parts, body) = response.into_parts();
-        let reading = Limited::new(body, MAX_REFUSAL).collect();
-        let body = match tokio::time::timeout_at(deadline.into(), reading).await {
-            Ok(Ok(body)) => body.to_bytes(),
+        let body = match tokio::time::timeout_at(deadline.into(), connection.collect(MAX_REFUSAL)).await {
+            Ok(Ok(body)) => body,
             Ok(Err(error)) => return Err(Failure::Broken(error.to_string())),
             Err(_) => return Err(Failure::Deadline),
         };
         replica.upstream.put_back(connection);
-        let refused = Box::new(Refused { status: parts.status, headers: parts.headers, body });
-        match parts.status.as_u16() {
+        let refused = Box::new(Refused { status: head.status, headers: head.headers, body });
+        match head.status.as_u16() {
             429 | 503 => Err(Failure::NotNow(refused)),
             504 => Err(Failure::Deadline),
             // A replica asks for a key that the gateway should have had: no client's mistake.
@@ -220,18 +188,15 @@ impl Attempt {
                 Ok(Some(Event::Comment)) => {}
                 Ok(Some(event)) => return Ok(event),
                 Ok(None) => {
-                    let replica = self.ticket.replica.clone();
-                    let mut frame = self.body.frame();
-                    let frame = wait(&mut frame, &replica, &mut self.lost, self.patience, deadline).await?;
-                    match frame {
-                        None => return Err(Failure::Broken("it ended before the answer did".to_owned())),
-                        Some(Err(error)) => return Err(Failure::Broken(error.to_string())),
-                        Some(Ok(frame)) => {
-                            if let Ok(bytes) = frame.into_data() {
-                                self.ticket.replica.seen_alive();
-                                self.read = Instant::now();
-                                self.events.push(bytes);
-                            }
+                    let replica = &self.ticket.replica;
+                    let mut data = std::pin::pin!(self.connection.data());
+                    match self.vigil.wait(&mut data, replica, deadline).await? {
+                        Ok(None) => return Err(Failure::Broken("it ended before the answer did".to_owned())),
+                        Err(error) => return Err(Failure::Broken(error.to_string())),
+                        Ok(Some(bytes)) => {
+                            replica.seen_alive();
+                            self.read = Instant::now();
+                            self.events.push(bytes);
                         }
                     }
                 }
@@ -242,14 +207,12 @@ impl Attempt {
     /// The answer is complete: the connection may serve another.
     pub(crate) async fn finish(mut self) {
         // The stream's last chunk may be on its way; a replica that doesn't end it soon loses the connection.
-        let mut ended = self.body.is_end_stream();
-        if !ended {
-            let end = async { while self.body.frame().await.is_some_and(|frame| frame.is_ok()) {} };
-            ended = tokio::time::timeout(Duration::from_millis(200), end).await.is_ok();
+        let connection = &mut self.connection;
+        if !connection.ended() {
+            let end = async { while let Ok(Some(_)) = connection.data().await {} };
+            let _ = tokio::time::timeout(Duration::from_millis(200), end).await;
         }
-        if ended && let Some(connection) = self.connection.take() {
-            self.ticket.replica.upstream.put_back(connection);
-        }
+        self.ticket.replica.upstream.put_back(self.connection);
     }
 }
 
@@ -268,74 +231,16 @@ pub(crate) async fn ask(
 ) -> Result<Refused, Failure> {
     let mut ticket = replica.ticket(question.work);
     ticket.settled = true;
-    let patience = Patience::with(replica, settings);
-    let (response, connection, mut lost) = match Attempt::reply(replica, question, patience, deadline).await?
-    {
+    let mut vigil = Vigil::new(replica, settings);
+    let (head, mut connection) = match Attempt::reply(replica, question, &mut vigil, deadline).await? {
         Taken::Refused(refused) => return Ok(*refused),
-        Taken::Answer(response, connection, lost) => (response, connection, lost),
+        Taken::Answer(head, connection) => (head, connection),
     };
-    let (parts, body) = response.into_parts();
-    let mut reading = std::pin::pin!(Limited::new(body, MAX_ANSWER).collect());
-    let body = wait(&mut reading, replica, &mut lost, patience, deadline).await?;
-    let body = body.map_err(|error| Failure::Broken(error.to_string()))?.to_bytes();
+    let body = {
+        let mut reading = std::pin::pin!(connection.collect(MAX_ANSWER));
+        vigil.wait(&mut reading, replica, deadline).await?
+    };
+    let body = body.map_err(|error| Failure::Broken(error.to_string()))?;
     replica.upstream.put_back(connection);
-    Ok(Refused { status: parts.status, headers: parts.headers, body })
-}
-
-/// Sends, once more over a new connection where an old one was closed under it.
-async fn send(
-    replica: &Replica,
-    question: &Question,
-    timeout: Duration,
-) -> Result<(Response<Incoming>, Connection), SendError> {
-    let request = || {
-        let mut request = Request::new(Full::new(question.body.clone()));
-        *request.method_mut() = Method::POST;
-        *request.uri_mut() = hyper::Uri::from_static(question.path);
-        *request.headers_mut() = question.headers.clone();
-        request.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
-        request
-    };
-    let mut connection = replica.upstream.connect(timeout).await?;
-    match replica.upstream.send(&mut connection, request()).await {
-        Err(SendError::Broken { stale: true, .. }) => {
-            connection = replica.upstream.connect_anew(timeout).await?;
-            let response = replica.upstream.send(&mut connection, request()).await?;
-            Ok((response, connection))
-        }
-        sent => sent.map(|response| (response, connection)),
-    }
-}
-
-/// Waits for something from a replica, no longer than makes sense.
-pub(super) async fn wait<F: Future + Unpin>(
-    future: &mut F,
-    replica: &Replica,
-    lost: &mut watch::Receiver<u64>,
-    patience: Patience,
-    deadline: Instant,
-) -> Result<F::Output, Failure> {
-    let begun = Instant::now();
-    let silence = begun + patience.silence;
-    let mut check = patience.suspect;
-    loop {
-        let wake = (begun + check).min(silence).min(deadline);
-        tokio::select! {
-            biased;
-            output = &mut *future => return Ok(output),
-            _ = lost.changed() => return Err(Failure::Lost),
-            () = tokio::time::sleep_until(wake.into()) => {}
-        }
-        let now = Instant::now();
-        if now >= deadline {
-            return Err(Failure::Deadline);
-        }
-        if now >= silence {
-            return Err(Failure::Silent);
-        }
-        if replica.silent_for() >= patience.suspect {
-            replica.suspected.notify_one();
-        }
-        check += patience.suspect;
-    }
+    Ok(Refused { status: head.status, headers: head.headers, body })
 }

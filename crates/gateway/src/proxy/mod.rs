@@ -14,7 +14,9 @@ mod sse;
 mod stream;
 pub(crate) mod trust;
 pub(crate) mod upstream;
+mod vigil;
 mod whole;
+pub(crate) mod wire;
 
 pub(crate) use attempt::{Question, Refused, ask};
 pub(crate) use held::Held;

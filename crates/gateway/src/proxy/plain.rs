@@ -13,17 +13,15 @@ use std::time::Instant;
 
 use bytes::{Bytes, BytesMut};
 use consort_api::Usage;
-use http_body::Body as _;
-use http_body_util::BodyExt as _;
-use hyper::body::Incoming;
-use hyper::header::{CONTENT_LENGTH, CONTENT_TYPE, HeaderMap, HeaderValue};
-use tokio::sync::{mpsc, watch};
+use hyper::header::{CONTENT_TYPE, HeaderMap, HeaderValue};
+use tokio::sync::mpsc;
 
-use super::attempt::{Failure, Patience, wait};
+use super::attempt::Failure;
 use super::events::WholeEvents;
 use super::session::Session;
 use super::stream::{AHEAD, Receiver};
-use super::upstream::Connection;
+use super::vigil::Vigil;
+use super::wire::Connection;
 use crate::error::Refusal;
 use crate::fleet::{Ticket, Went};
 use crate::json::Object;
@@ -36,10 +34,8 @@ const MAX_WHOLE: usize = 32 << 20;
 pub(crate) struct Plain {
     pub(super) ticket: Ticket,
     pub(super) headers: HeaderMap,
-    pub(super) body: Incoming,
-    pub(super) connection: Option<Connection>,
-    pub(super) lost: watch::Receiver<u64>,
-    pub(super) patience: Patience,
+    pub(super) connection: Connection,
+    pub(super) vigil: Vigil,
 }
 
 /// A response that is an answer, as far as can be known.
@@ -65,21 +61,17 @@ pub(crate) struct PlainStream {
 }
 
 impl Plain {
-    async fn frame(&mut self, deadline: Instant) -> Result<Option<Bytes>, Failure> {
-        loop {
-            let mut frame = self.body.frame();
-            match wait(&mut frame, &self.ticket.replica, &mut self.lost, self.patience, deadline).await? {
-                None => return Ok(None),
-                Some(Err(error)) => return Err(Failure::Broken(error.to_string())),
-                Some(Ok(frame)) => {
-                    if let Ok(bytes) = frame.into_data()
-                        && !bytes.is_empty()
-                    {
-                        self.ticket.replica.seen_alive();
-                        return Ok(Some(bytes));
-                    }
+    async fn data(&mut self, deadline: Instant) -> Result<Option<Bytes>, Failure> {
+        let replica = &self.ticket.replica;
+        let mut data = std::pin::pin!(self.connection.data());
+        match self.vigil.wait(&mut data, replica, deadline).await? {
+            Ok(data) => {
+                if data.is_some() {
+                    replica.seen_alive();
                 }
+                Ok(data)
             }
+            Err(error) => Err(Failure::Broken(error.to_string())),
         }
     }
 
@@ -111,16 +103,16 @@ impl Plain {
     async fn read(&mut self, stream: bool, deadline: Instant) -> Result<(Bytes, Read), Failure> {
         let kind = self.headers.get(CONTENT_TYPE);
         let streams = kind.is_some_and(|kind| kind.as_bytes().starts_with(b"text/event-stream"));
-        let first = self.frame(deadline).await?.ok_or(Failure::Garbage)?;
+        let first = self.data(deadline).await?.ok_or(Failure::Garbage)?;
         if stream && streams {
             return Ok((first, Read::Begun));
         }
         let mut whole = first;
-        if !self.body.is_end_stream() {
-            let length = self.headers.get(CONTENT_LENGTH).and_then(|v| v.to_str().ok()?.parse().ok());
-            let mut all = BytesMut::with_capacity(length.unwrap_or(0).clamp(2 * whole.len(), 1 << 20));
+        if !self.connection.ended() {
+            let left = self.connection.left().min(1 << 20);
+            let mut all = BytesMut::with_capacity(whole.len() + left.max(whole.len()));
             all.extend_from_slice(&whole);
-            while let Some(more) = self.frame(deadline).await? {
+            while let Some(more) = self.data(deadline).await? {
                 if all.len() + more.len() > MAX_WHOLE {
                     return Err(Failure::Garbage);
                 }
@@ -133,10 +125,8 @@ impl Plain {
     }
 
     /// All of it was read: the connection may serve another.
-    fn give_back(&mut self) {
-        if let Some(connection) = self.connection.take() {
-            self.ticket.replica.upstream.put_back(connection);
-        }
+    fn give_back(self) {
+        self.ticket.replica.upstream.put_back(self.connection);
     }
 }
 
@@ -211,7 +201,7 @@ impl PlainStream {
             let frame = match self.first.take() {
                 Some(first) => Ok(Some(first)),
                 None => {
-                    let frame = plain.frame(self.session.deadline());
+                    let frame = plain.data(self.session.deadline());
                     match tokio::time::timeout(self.session.keep_alive(), frame).await {
                         Ok(frame) => frame,
                         Err(_) => return Some(Bytes::from_static(b": keep-alive\n\n")),
@@ -228,8 +218,9 @@ impl PlainStream {
                     Err(failure) => failure,
                 },
                 Ok(None) => {
-                    plain.give_back();
-                    self.plain = None;
+                    if let Some(plain) = self.plain.take() {
+                        plain.give_back();
+                    }
                     self.session.completed();
                     // The last event's empty line may be missing; it is the server's to say.
                     return Some(self.events.rest()).filter(|rest| !rest.is_empty());

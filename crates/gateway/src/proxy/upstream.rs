@@ -1,27 +1,21 @@
 //! Connections to one replica: kept alive, taken last in first out, so that those in excess age and are closed.
 //!
-//! A connection carries one request at a time (HTTP/1.1). Its task is owned by whoever has the connection: dropping a
-//! response in the middle aborts the task, which closes the socket, which is how the replica learns that nobody wants
-//! the rest.
+//! A connection carries one request at a time ([`super::wire`]).
 
 use std::io;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use http_body_util::{BodyExt as _, Full, Limited};
-use hyper::body::Incoming;
-use hyper::client::conn::http1::{self, SendRequest};
-use hyper::header::{CONTENT_TYPE, HeaderValue};
-use hyper::{Method, Request, Response, StatusCode, Uri};
-use hyper_util::rt::TokioIo;
+use hyper::header::{HeaderMap, HeaderValue};
+use hyper::{StatusCode, Uri};
 use rustls::pki_types::ServerName;
-use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
-use tokio::task::JoinHandle;
 use tokio_rustls::TlsConnector;
 
 use super::trust::Trust;
+use super::vigil::Alarms;
+use super::wire::{Asked, Connection, Head, Stream};
 
 /// Connections kept open without a request.
 const MAX_IDLE: usize = 64;
@@ -49,25 +43,13 @@ pub(crate) struct Upstream {
     /// The `Authorization` header, where the replica wants one.
     authorization: Option<HeaderValue>,
     idle: Mutex<Vec<Idle>>,
+    /// What its requests are waited for with.
+    pub(super) alarms: Alarms,
 }
 
 struct Idle {
     connection: Connection,
     since: Instant,
-}
-
-/// A connection that carries no request, or one.
-pub(crate) struct Connection {
-    sender: SendRequest<Full<Bytes>>,
-    task: JoinHandle<()>,
-    /// It has carried a request before.
-    pub(crate) used: bool,
-}
-
-impl Drop for Connection {
-    fn drop(&mut self) {
-        self.task.abort();
-    }
 }
 
 /// Why no response came.
@@ -77,7 +59,7 @@ pub(crate) enum SendError {
     Connect(io::Error),
     /// It broke before a response.
     Broken {
-        error: hyper::Error,
+        error: io::Error,
         /// The connection had been open for an earlier request: the server may have closed it just then, so this says
         /// nothing about the replica.
         stale: bool,
@@ -128,6 +110,7 @@ impl Upstream {
             authority: HeaderValue::from_str(authority.as_str()).map_err(|_| wrong("its host is odd"))?,
             authorization,
             idle: Mutex::new(Vec::new()),
+            alarms: Alarms::default(),
         })
     }
 
@@ -140,7 +123,7 @@ impl Upstream {
         loop {
             let idle = self.idle().pop();
             let Some(Idle { mut connection, since }) = idle else { break };
-            if since.elapsed() < IDLE && connection.sender.ready().await.is_ok() {
+            if since.elapsed() < IDLE && connection.alive().await {
                 return Ok(connection);
             }
         }
@@ -157,45 +140,57 @@ impl Upstream {
                 tracing::debug!(%error, "TCP_NODELAY");
             }
             match &self.tls {
-                None => Ok(Err(stream)),
-                Some((tls, name)) => tls.connect(name.clone(), stream).await.map(Ok),
+                None => Ok(Stream::Plain(stream)),
+                Some((tls, name)) => Ok(Stream::Tls(Box::new(tls.connect(name.clone(), stream).await?))),
             }
         };
-        let stream = tokio::time::timeout(timeout, connecting)
-            .await
-            .map_err(late)
-            .and_then(|connected| connected)
-            .map_err(SendError::Connect)?;
-        match stream {
-            Err(plain) => speak(plain).await,
-            Ok(secure) => speak(secure).await,
-        }
+        let stream = tokio::time::timeout(timeout, connecting).await.map_err(late).and_then(|made| made);
+        stream.map(Connection::new).map_err(SendError::Connect)
     }
 
-    /// Sends a request over `connection` and waits for the response's head.
+    /// Sends a request over `connection` and waits for the response's head. Without a body it is a GET.
     pub(crate) async fn send(
         &self,
         connection: &mut Connection,
-        mut request: Request<Full<Bytes>>,
-    ) -> Result<Response<Incoming>, SendError> {
-        let headers = request.headers_mut();
-        headers.insert(hyper::header::HOST, self.authority.clone());
-        if let Some(authorization) = &self.authorization {
-            headers.insert(hyper::header::AUTHORIZATION, authorization.clone());
-        }
-        let stale = std::mem::replace(&mut connection.used, true);
-        connection.sender.send_request(request).await.map_err(|error| SendError::Broken { error, stale })
+        path: &'static str,
+        headers: &HeaderMap,
+        body: &Bytes,
+    ) -> Result<Head, SendError> {
+        let (host, authorization, body) = (&self.authority, self.authorization.as_ref(), body.clone());
+        let stale = connection.used;
+        let asked = Asked { path, host, authorization, headers, body };
+        connection.exchange(&asked).await.map_err(|error| SendError::Broken { error, stale })
+    }
+
+    /// Asks over a connection that is there, and once more over a new one where that was closed under the request.
+    pub(crate) async fn ask(
+        &self,
+        path: &'static str,
+        headers: &HeaderMap,
+        body: &Bytes,
+        timeout: Duration,
+    ) -> Result<(Head, Connection), SendError> {
+        let mut connection = self.connect(timeout).await?;
+        let head = match self.send(&mut connection, path, headers, body).await {
+            Err(SendError::Broken { stale: true, .. }) => {
+                connection = self.connect_anew(timeout).await?;
+                self.send(&mut connection, path, headers, body).await?
+            }
+            sent => sent?,
+        };
+        Ok((head, connection))
     }
 
     /// Takes back a connection whose response was read to its end.
     pub(crate) fn put_back(&self, connection: Connection) {
-        if connection.sender.is_closed() {
+        if !connection.reusable() {
             return;
         }
         let mut idle = self.idle();
-        if idle.len() >= MAX_IDLE {
-            idle.remove(0);
-        }
+        // The longest at rest are first. What its server has closed goes no later than this.
+        let old = idle.iter().take_while(|idle| idle.since.elapsed() >= IDLE).count();
+        let excess = (idle.len() + 1).saturating_sub(MAX_IDLE);
+        idle.drain(..old.max(excess));
         idle.push(Idle { connection, since: Instant::now() });
     }
 
@@ -209,57 +204,19 @@ impl Upstream {
 /// all of it is there within `timeout`.
 pub(crate) async fn ask(
     upstream: &Upstream,
-    path: &str,
+    path: &'static str,
     body: Bytes,
     timeout: Duration,
     most: usize,
 ) -> Result<(StatusCode, Bytes), SendError> {
     let asking = async {
-        let request = || {
-            let mut request = Request::new(Full::new(body.clone()));
-            *request.uri_mut() = path.parse().unwrap_or_default();
-            if !body.is_empty() {
-                *request.method_mut() = Method::POST;
-                request.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
-            }
-            request
-        };
-        let mut connection = upstream.connect(timeout).await?;
-        let response = match upstream.send(&mut connection, request()).await {
-            Err(SendError::Broken { stale: true, .. }) => {
-                connection = upstream.connect_anew(timeout).await?;
-                upstream.send(&mut connection, request()).await?
-            }
-            sent => sent?,
-        };
-        let status = response.status();
-        match Limited::new(response.into_body(), most).collect().await {
-            Ok(body) => {
-                upstream.put_back(connection);
-                Ok((status, body.to_bytes()))
-            }
-            Err(error) => Err(SendError::Connect(io::Error::other(error))),
-        }
+        let (head, mut connection) = upstream.ask(path, &HeaderMap::new(), &body, timeout).await?;
+        let body = connection.collect(most).await.map_err(SendError::Connect)?;
+        upstream.put_back(connection);
+        Ok((head.status, body))
     };
     let late = || SendError::Connect(io::Error::new(io::ErrorKind::TimedOut, "no reply in time"));
     tokio::time::timeout(timeout, asking).await.unwrap_or_else(|_| Err(late()))
-}
-
-/// HTTP over a stream, driven by a task of its own.
-async fn speak(
-    stream: impl AsyncRead + AsyncWrite + Send + Unpin + 'static,
-) -> Result<Connection, SendError> {
-    let (sender, connection) = http1::Builder::new()
-        .max_buf_size(64 << 10)
-        .handshake(TokioIo::new(stream))
-        .await
-        .map_err(|error| SendError::Broken { error, stale: false })?;
-    let task = tokio::spawn(async move {
-        if let Err(error) = connection.await {
-            tracing::debug!(%error, "a connection to a replica ended");
-        }
-    });
-    Ok(Connection { sender, task, used: false })
 }
 
 #[cfg(test)]
