@@ -10,6 +10,7 @@ use hyper::header::{AUTHORIZATION, HeaderMap, HeaderName, HeaderValue};
 
 use crate::error::{Outcome, Refusal};
 use crate::policy::limits::{Exceeded, Left, Use, written};
+use crate::telemetry::Usual;
 
 /// A stored key is unusable.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -23,6 +24,8 @@ pub struct KeyError {
 pub(crate) struct Key {
     pub(crate) id: String,
     pub(crate) limits: KeyLimits,
+    /// What it is counted by.
+    pub(crate) usual: Usual,
     /// Shared with what the key was before its limits changed.
     used: Arc<Mutex<Use>>,
 }
@@ -126,7 +129,8 @@ impl Keys {
             let known = before.by_hash.get(&hash).map(|key| key.used.clone());
             let used = known.unwrap_or_else(|| Arc::new(Mutex::new(Use::new(now, &record.limits))));
             used.lock().unwrap_or_else(PoisonError::into_inner).change(now, &record.limits);
-            let key = Key { id: record.id.clone(), limits: record.limits.clone(), used };
+            let key =
+                Key { id: record.id.clone(), limits: record.limits.clone(), usual: Usual::default(), used };
             by_hash.insert(hash, Arc::new(key));
         }
         *self.0.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(Ring { required, by_hash });

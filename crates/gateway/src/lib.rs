@@ -9,6 +9,7 @@
 //! `proxy` moves one request; `http` is the socket's side. The owner of a [`Gateway`] replaces the fleet and the keys
 //! while it runs, and reads a snapshot; the gateway knows nothing of processes, files or deployments.
 
+mod alarm;
 mod discovery;
 mod error;
 mod fleet;

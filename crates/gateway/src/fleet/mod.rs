@@ -17,7 +17,7 @@ use tokio::sync::Notify;
 use crate::policy::balance::Balance;
 use crate::proxy::upstream::{AddressError, Upstream};
 use crate::settings::ReplicaSettings;
-use crate::telemetry::VersionStats;
+use crate::telemetry::{Usual, VersionStats};
 
 pub(crate) use pending::{Pending, Place, Running};
 pub(crate) use probe::watch;
@@ -67,6 +67,8 @@ pub(crate) struct Version {
     pub(crate) on_trial: bool,
     pub(crate) replicas: Vec<Arc<Replica>>,
     pub(crate) stats: Arc<VersionStats>,
+    /// What its requests are counted by.
+    pub(crate) usual: Usual,
     pub(crate) balance: Arc<Mutex<Balance>>,
 }
 
@@ -166,6 +168,7 @@ impl Registry {
                 versions.push(Version {
                     stats: known.map_or_else(|| Arc::new(VersionStats::new()), |known| known.stats.clone()),
                     balance: known.map_or_else(Arc::default, |known| known.balance.clone()),
+                    usual: Usual::default(),
                     name: version.name.clone(),
                     weight: version.weight,
                     numerics: version.numerics,

@@ -124,6 +124,10 @@ async fn learn(replica: &Replica, timeout: Duration) {
     }
 }
 
-async fn get(replica: &Replica, path: &'static str, timeout: Duration) -> Result<(StatusCode, Bytes), SendError> {
+async fn get(
+    replica: &Replica,
+    path: &'static str,
+    timeout: Duration,
+) -> Result<(StatusCode, Bytes), SendError> {
     upstream::ask(&replica.upstream, path, Bytes::new(), timeout, MAX_BYTES).await
 }

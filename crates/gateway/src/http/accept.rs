@@ -9,12 +9,13 @@ use std::time::Duration;
 use consort_edge::{ConnectionHandle, Connections, Timed};
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
-use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::rt::TokioIo;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
 
 use super::front::Front;
+use super::timer::AlarmTimer;
 use crate::Gateway;
 
 /// What open connections get to finish when the gateway ends.
@@ -130,7 +131,7 @@ async fn serve<S: AsyncRead + AsyncWrite + Unpin>(
     let socket = TokioIo::new(Timed::new(stream, settings.write_timeout));
     let mut builder = http1::Builder::new();
     builder
-        .timer(TokioTimer::new())
+        .timer(AlarmTimer::default())
         .header_read_timeout(settings.header_timeout)
         .max_headers(settings.max_headers)
         .max_buf_size(settings.max_header_bytes.max(8 << 10));

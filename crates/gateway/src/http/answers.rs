@@ -9,7 +9,7 @@ use hyper::header::{CACHE_CONTROL, CONTENT_TYPE, HeaderMap, HeaderName, HeaderVa
 use hyper::{Request, Response, StatusCode};
 
 use super::body::Body;
-use super::front::{Context, Front, REQUEST_ID, Recorded};
+use super::front::{Context, Front, Recorded};
 use super::read;
 use super::repeats::{self, Repeat};
 use super::respond::{json, refused};
@@ -23,7 +23,6 @@ use crate::proxy::call::{Call, Shape};
 use crate::proxy::{
     self, Head, Opening, PlainAnswer, PlainBody, PlainStream, Recording, Refused, Session, Stream,
 };
-use crate::trace::TRACEPARENT;
 
 const SEED: HeaderName = HeaderName::from_static("x-seed");
 
@@ -121,9 +120,7 @@ impl Front {
             key.take(Instant::now(), estimate)?;
             context.record.charged = Some(estimate);
         }
-        let mut headers = HeaderMap::new();
-        headers.insert(REQUEST_ID, context.record.request_id.clone());
-        headers.insert(TRACEPARENT, crate::trace::header(&context.trace));
+        let headers = context.headers();
         let tally = context.record.tally.clone();
         let request =
             proxy::Request { call, model, version, headers, deadline: context.deadline, key: client, tally };
@@ -164,29 +161,27 @@ impl Front {
     /// The model that a request means.
     pub(crate) fn model(&self, name: Option<&str>, key: Option<&Key>) -> Outcome<Arc<Model>> {
         let models = self.gateway.registry.models();
-        let allowed: Vec<&Arc<Model>> =
-            models.list.iter().filter(|model| key.is_none_or(|key| key.allows(&model.name))).collect();
+        let allows = |model: &Arc<Model>| key.is_none_or(|key| key.allows(&model.name));
+        let allowed = || models.list.iter().filter(|model| allows(model));
         let names = || {
-            let names: Vec<&str> = allowed.iter().map(|model| model.name.as_str()).take(20).collect();
+            let names: Vec<&str> = allowed().map(|model| model.name.as_str()).take(20).collect();
             names.join(", ")
         };
         match name {
-            Some(name) => models
-                .get(name)
-                .filter(|model| allowed.iter().any(|m| Arc::ptr_eq(m, model)))
-                .cloned()
-                .ok_or_else(|| {
-                    let name: String = name.chars().take(128).collect();
-                    let message = format!("the model {name:?} is not served here; there is: {}", names());
-                    Refusal {
-                        param: Some("model".to_owned()),
-                        ..Refusal::new(StatusCode::NOT_FOUND, "model_not_found", message)
-                    }
-                }),
-            None => match allowed.as_slice() {
-                [only] => Ok(Arc::clone(only)),
-                [] => Err(Refusal::unavailable("no model is served here yet")),
-                _ => Err(Refusal::param("model", format!("model is missing; there is: {}", names()))),
+            Some(name) => models.get(name).filter(|model| allows(model)).cloned().ok_or_else(|| {
+                let name: String = name.chars().take(128).collect();
+                let message = format!("the model {name:?} is not served here; there is: {}", names());
+                Refusal {
+                    param: Some("model".to_owned()),
+                    ..Refusal::new(StatusCode::NOT_FOUND, "model_not_found", message)
+                }
+            }),
+            None => match (allowed().next(), allowed().nth(1)) {
+                (Some(only), None) => Ok(Arc::clone(only)),
+                (None, _) => Err(Refusal::unavailable("no model is served here yet")),
+                (Some(_), Some(_)) => {
+                    Err(Refusal::param("model", format!("model is missing; there is: {}", names())))
+                }
             },
         }
     }

@@ -42,6 +42,14 @@ pub(crate) struct Context {
     pub(crate) deadline: Instant,
 }
 
+impl Context {
+    /// What a replica is told of the request: its id first.
+    pub(crate) fn headers(&self) -> [(HeaderName, HeaderValue); 2] {
+        let id = (REQUEST_ID, self.record.request_id.clone());
+        [id, (crate::trace::TRACEPARENT, crate::trace::header(&self.trace))]
+    }
+}
+
 /// How much a path gives away.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Access {

@@ -7,5 +7,6 @@ pub(crate) mod front;
 pub(crate) mod read;
 mod repeats;
 mod respond;
+mod timer;
 pub(crate) mod tls;
 mod tokens;

@@ -9,12 +9,11 @@ use std::time::Instant;
 use bytes::{BufMut as _, Bytes, BytesMut};
 use consort_api::Protocol;
 use hyper::body::Incoming;
-use hyper::header::HeaderMap;
 use hyper::{Request, Response, StatusCode};
 
 use super::answers::passed_on;
 use super::body::Body;
-use super::front::{Context, Front, REQUEST_ID};
+use super::front::{Context, Front};
 use super::read;
 use crate::error::{Outcome, Refusal};
 use crate::fleet::{Model, Replica, Went, Work};
@@ -23,7 +22,6 @@ use crate::policy::balance::{self, Candidate};
 use crate::policy::canary;
 use crate::proxy::call::explain;
 use crate::proxy::{Question, ask, random};
-use crate::trace::TRACEPARENT;
 
 /// Replicas that may fail a question, one after the other.
 const TRIES: usize = 2;
@@ -48,14 +46,12 @@ impl Front {
         let client = key.as_ref().map_or_else(|| context.peer.ip().to_string(), |key| key.id.clone());
         let shares = model.versions.iter().map(|version| (version.name.as_str(), version.weight));
         let version = canary::choose(canary::mix(0, &client), shares).unwrap_or(0);
-        let mut headers = HeaderMap::new();
-        headers.insert(REQUEST_ID, context.record.request_id.clone());
-        headers.insert(TRACEPARENT, crate::trace::header(&context.trace));
+        let headers = context.headers();
         let mut failed: Vec<Arc<Replica>> = Vec::new();
         while failed.len() < TRIES {
             let Some(replica) = pick(&model, version, &failed) else { break };
             let question =
-                Question { path, headers: headers.clone(), body: body.clone(), work: Work::default() };
+                Question { path, headers: headers.to_vec(), body: body.clone(), work: Work::default() };
             match ask(&replica, question, &settings.replicas, context.deadline).await {
                 Ok(said) => {
                     replica.went(Instant::now(), Went::Well, true);

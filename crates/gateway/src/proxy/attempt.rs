@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use consort_api::Protocol;
 use hyper::StatusCode;
-use hyper::header::{CONTENT_TYPE, HeaderMap};
+use hyper::header::{CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue};
 
 use super::chunk::Head;
 use super::plain::Plain;
@@ -106,7 +106,7 @@ pub(crate) struct Attempt {
 /// What is sent.
 pub(crate) struct Question {
     pub(crate) path: &'static str,
-    pub(crate) headers: HeaderMap,
+    pub(crate) headers: Vec<(HeaderName, HeaderValue)>,
     pub(crate) body: Bytes,
     pub(crate) work: Work,
 }

@@ -155,7 +155,12 @@ impl Question {
     }
 }
 
-async fn ask(replica: &Arc<Replica>, path: &'static str, body: Bytes, tokens: u64) -> Result<Value, Unscored> {
+async fn ask(
+    replica: &Arc<Replica>,
+    path: &'static str,
+    body: Bytes,
+    tokens: u64,
+) -> Result<Value, Unscored> {
     // Its load is seen while it lasts; how it goes says nothing about the replica's health.
     let _ticket = replica.ticket(Work { prompt: tokens, answer: 0 });
     let asked = upstream::ask(&replica.upstream, path, body, PATIENCE, MOST_REPLY).await;

@@ -7,15 +7,15 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use hyper::header::{HeaderMap, HeaderValue};
+use hyper::header::{HeaderName, HeaderValue};
 use hyper::{StatusCode, Uri};
 use rustls::pki_types::ServerName;
 use tokio::net::TcpStream;
 use tokio_rustls::TlsConnector;
 
 use super::trust::Trust;
-use super::vigil::Alarms;
 use super::wire::{Asked, Connection, Head, Stream};
+use crate::alarm::Alarms;
 
 /// Connections kept open without a request.
 const MAX_IDLE: usize = 64;
@@ -153,7 +153,7 @@ impl Upstream {
         &self,
         connection: &mut Connection,
         path: &'static str,
-        headers: &HeaderMap,
+        headers: &[(HeaderName, HeaderValue)],
         body: &Bytes,
     ) -> Result<Head, SendError> {
         let (host, authorization, body) = (&self.authority, self.authorization.as_ref(), body.clone());
@@ -166,7 +166,7 @@ impl Upstream {
     pub(crate) async fn ask(
         &self,
         path: &'static str,
-        headers: &HeaderMap,
+        headers: &[(HeaderName, HeaderValue)],
         body: &Bytes,
         timeout: Duration,
     ) -> Result<(Head, Connection), SendError> {
@@ -210,7 +210,7 @@ pub(crate) async fn ask(
     most: usize,
 ) -> Result<(StatusCode, Bytes), SendError> {
     let asking = async {
-        let (head, mut connection) = upstream.ask(path, &HeaderMap::new(), &body, timeout).await?;
+        let (head, mut connection) = upstream.ask(path, &[], &body, timeout).await?;
         let body = connection.collect(most).await.map_err(SendError::Connect)?;
         upstream.put_back(connection);
         Ok((head.status, body))

@@ -15,6 +15,7 @@ use consort_api::{FleetSnapshot, GatewayTotals};
 
 pub(crate) use record::{Place, Record, Tally};
 use series::Series;
+pub(crate) use series::Usual;
 pub(crate) use version::{Scored, VersionStats};
 
 use crate::stats::Rate;

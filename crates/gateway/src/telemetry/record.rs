@@ -8,7 +8,8 @@ use consort_edge::Busy;
 use consort_meter::trace::{Span, Trace};
 use hyper::header::HeaderValue;
 
-use super::{Event, Telemetry, VersionStats};
+use super::{Event, Telemetry};
+use crate::fleet::{Model, Version};
 use crate::keys::Key;
 
 /// What one request comes to, told by whoever learns it.
@@ -35,9 +36,15 @@ impl Tally {
 
 /// Where a request went.
 pub(crate) struct Place {
-    pub(crate) model: String,
-    pub(crate) version: String,
-    pub(crate) stats: Arc<VersionStats>,
+    pub(crate) model: Arc<Model>,
+    /// The version's index.
+    pub(crate) index: usize,
+}
+
+impl Place {
+    pub(crate) fn version(&self) -> &Version {
+        &self.model.versions[self.index]
+    }
 }
 
 /// One request, from its arrival until its response's body is gone; then it is counted and logged.
@@ -110,10 +117,12 @@ impl Drop for Record {
             telemetry.streams.fetch_sub(1, Ordering::Relaxed);
         }
         let series = &telemetry.series;
-        series
-            .requests
-            .get_or_create(&[("route", self.route.to_owned()), ("status", status.to_string())])
-            .inc();
+        let well = status == 200;
+        let labels = || [("route", self.route.to_owned()), ("status", status.to_string())];
+        match series.routes.iter().find(|(route, _)| *route == self.route) {
+            Some((_, usual)) => usual.count(well, &series.requests, labels),
+            None => _ = series.requests.get_or_create(&labels()).inc(),
+        }
         series.duration.observe(took.as_secs_f64());
         let key = self.key.as_ref().map_or("-", |key| key.id.as_str());
         if self.counted {
@@ -123,12 +132,14 @@ impl Drop for Record {
             if status == 429 {
                 telemetry.count(Event::Refused);
             }
-            series.keys.get_or_create(&[("key", key.to_owned()), ("status", status.to_string())]).inc();
-            series.key_tokens.get_or_create(&[("key", key.to_owned())]).inc_by(prompt + answer);
+            let usual = self.key.as_ref().map_or(&series.keyless, |key| &key.usual);
+            usual.count(well, &series.keys, || [("key", key.to_owned()), ("status", status.to_string())]);
+            usual.tokens(prompt + answer, &series.key_tokens, || [("key", key.to_owned())]);
             if let Some(place) = tally.place() {
-                place.stats.requests.fetch_add(1, Ordering::Relaxed);
-                place.stats.errors.fetch_add(u64::from(error), Ordering::Relaxed);
-                place.stats.tokens.fetch_add(answer, Ordering::Relaxed);
+                let (model, version) = (&place.model, place.version());
+                version.stats.requests.fetch_add(1, Ordering::Relaxed);
+                version.stats.errors.fetch_add(u64::from(error), Ordering::Relaxed);
+                version.stats.tokens.fetch_add(answer, Ordering::Relaxed);
                 let outcome = if error {
                     "error"
                 } else if status >= 400 {
@@ -136,12 +147,13 @@ impl Drop for Record {
                 } else {
                     "ok"
                 };
-                let (model, version) = (("model", place.model.clone()), ("version", place.version.clone()));
-                series
-                    .versions
-                    .get_or_create(&[model.clone(), version.clone(), ("outcome", outcome.to_owned())])
-                    .inc();
-                series.version_tokens.get_or_create(&[model, version]).inc_by(answer);
+                let usual = &version.usual;
+                let labels = || [("model", model.name.clone()), ("version", version.name.clone())];
+                usual.count(outcome == "ok", &series.versions, || {
+                    let [model, version] = labels();
+                    [model, version, ("outcome", outcome.to_owned())]
+                });
+                usual.tokens(answer, &series.version_tokens, labels);
             }
         }
         if let (Some(key), Some(charged)) = (&self.key, self.charged) {
@@ -154,14 +166,14 @@ impl Drop for Record {
         }
         let place = tally.place();
         if self.trace.is_sampled() {
-            let name = place.map_or("-", |place| place.model.as_str());
+            let name = place.map_or("-", |place| place.model.name.as_str());
             let mut span = Span::ending(self.trace, self.route, took)
                 .with("http.route", self.route)
                 .with("http.response.status_code", u64::from(status))
                 .with("consort.request_id", request_id)
                 .with("consort.key", key)
                 .with("gen_ai.request.model", name)
-                .with("consort.version", place.map_or("-", |place| place.version.as_str()))
+                .with("consort.version", place.map_or("-", |place| place.version().name.as_str()))
                 .with("gen_ai.usage.input_tokens", prompt)
                 .with("gen_ai.usage.output_tokens", answer)
                 .with("consort.retries", u64::from(tally.retries.load(Ordering::Relaxed)))
@@ -176,8 +188,8 @@ impl Drop for Record {
             request_id,
             trace_id = self.trace.id(),
             key,
-            model = place.map_or("-", |place| &place.model),
-            version = place.map_or("-", |place| &place.version),
+            model = place.map_or("-", |place| &place.model.name),
+            version = place.map_or("-", |place| &place.version().name),
             prompt_tokens = prompt,
             answer_tokens = answer,
             retries = tally.retries.load(Ordering::Relaxed),

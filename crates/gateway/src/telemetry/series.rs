@@ -1,5 +1,6 @@
 //! The series of `/metrics`: what is counted as it happens, and what is read when somebody scrapes.
 
+use std::sync::OnceLock;
 use std::sync::atomic::AtomicU64;
 
 use consort_api::{BreakerState, FleetSnapshot, ReplicaState, VersionSnapshot};
@@ -9,6 +10,39 @@ use consort_meter::{Counter, Distribution, Family, Gauge, Histogram, Metrics};
 /// Values of a series' labels, by their names.
 pub(super) type Labels<const N: usize> = [(&'static str, String); N];
 
+/// Counters of what is usual, found once: a request needn't make the texts of their labels.
+#[derive(Default)]
+pub(crate) struct Usual {
+    /// Of requests that went well.
+    well: OnceLock<Counter>,
+    tokens: OnceLock<Counter>,
+}
+
+impl Usual {
+    /// The counter of a request that went well, or another of the same family.
+    pub(super) fn count<const N: usize>(
+        &self,
+        well: bool,
+        family: &Family<Labels<N>, Counter>,
+        labels: impl FnOnce() -> Labels<N>,
+    ) {
+        if well {
+            self.well.get_or_init(|| family.get_or_create_owned(&labels())).inc();
+        } else {
+            family.get_or_create(&labels()).inc();
+        }
+    }
+
+    pub(super) fn tokens<const N: usize>(
+        &self,
+        count: u64,
+        family: &Family<Labels<N>, Counter>,
+        labels: impl FnOnce() -> Labels<N>,
+    ) {
+        self.tokens.get_or_init(|| family.get_or_create_owned(&labels())).inc_by(count);
+    }
+}
+
 const BOUNDS: [f64; 16] =
     [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 2.0, 5.0, 15.0, 60.0];
 
@@ -16,6 +50,10 @@ const BOUNDS: [f64; 16] =
 pub(super) struct Series {
     registry: Metrics,
     pub(super) requests: Family<Labels<2>, Counter>,
+    /// By route; what isn't a route of ours is never usual.
+    pub(super) routes: [(&'static str, Usual); 2],
+    /// Of requests without a key.
+    pub(super) keyless: Usual,
     pub(super) keys: Family<Labels<2>, Counter>,
     pub(super) key_tokens: Family<Labels<1>, Counter>,
     pub(super) versions: Family<Labels<3>, Counter>,
@@ -98,6 +136,8 @@ impl Series {
         let counter = |name, help| registry.counter(name, help);
         Series {
             requests: registry.counters("requests", "Requests answered, by route and status"),
+            routes: ["/v1/chat/completions", "/v1/completions"].map(|route| (route, Usual::default())),
+            keyless: Usual::default(),
             keys: registry.counters("key_requests", "Requests for answers, by key and status"),
             key_tokens: registry.counters("key_tokens", "Tokens of prompts and answers, by key"),
             versions: registry.counters(

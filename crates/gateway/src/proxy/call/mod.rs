@@ -143,7 +143,11 @@ impl Call {
                 let message = "consort.id must be 1 to 128 letters, digits, - or _";
                 return Err(Refusal::param("consort.id", message));
             }
-            None => format!("{prefix}-{:016x}{:08x}", random(), random() as u32),
+            None => {
+                let mut digits = [0; 24];
+                crate::trace::put_hex(&mut digits, u128::from(random()) << 32 | u128::from(random() as u32));
+                [prefix, "-", std::str::from_utf8(&digits).unwrap_or_default()].concat()
+            }
         };
         Ok(Call {
             shape,

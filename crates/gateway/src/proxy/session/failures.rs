@@ -96,7 +96,7 @@ impl Session {
     }
 
     fn request_id(&self) -> &str {
-        self.headers.get("x-request-id").and_then(|id| id.to_str().ok()).unwrap_or_default()
+        self.headers[0].1.to_str().unwrap_or_default()
     }
 }
 

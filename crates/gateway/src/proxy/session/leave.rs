@@ -68,7 +68,7 @@ impl Session {
         let others =
             self.model.versions.iter().enumerate().filter(|(_, v)| !v.on_trial && !v.replicas.is_empty());
         let (other, _) = others.max_by_key(|(_, v)| v.weight)?;
-        let left = self.place_of(self.version());
+        let left = self.place();
         self.version = other;
         self.failed.clear();
         self.last_refusal = None;
@@ -78,7 +78,8 @@ impl Session {
     }
 
     fn count_diverted(&self, left: &Place) {
-        self.gateway.telemetry.diverted(&left.model, &left.version, &left.stats);
-        let _ = self.tally.diverted.set(self.place_of(self.version()));
+        let version = left.version();
+        self.gateway.telemetry.diverted(&left.model.name, &version.name, &version.stats);
+        let _ = self.tally.diverted.set(self.place());
     }
 }

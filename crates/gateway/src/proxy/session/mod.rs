@@ -17,7 +17,7 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use consort_api::deployment::Balancing;
-use hyper::header::{HeaderMap, HeaderValue};
+use hyper::header::{HeaderName, HeaderValue};
 
 use super::attempt::{Attempt, Refused};
 use super::call::Call;
@@ -61,7 +61,7 @@ pub(crate) struct Request {
     /// The version's index.
     pub(crate) version: usize,
     /// Headers for replicas: the request's id, its trace.
-    pub(crate) headers: HeaderMap,
+    pub(crate) headers: [(HeaderName, HeaderValue); 2],
     pub(crate) deadline: Instant,
     /// Whose share it is waited in, and its weight.
     pub(crate) key: (String, u32),
@@ -78,7 +78,7 @@ pub(crate) struct Session {
     version: usize,
     pub(crate) progress: Progress,
     deadline: Instant,
-    headers: HeaderMap,
+    headers: [(HeaderName, HeaderValue); 2],
     key: (String, u32),
     tally: Arc<Tally>,
     /// Hashes of the prompt's beginnings.
@@ -167,12 +167,11 @@ impl Session {
 
     fn note_place(&self) {
         // The version that it began with; an answer never changes to another.
-        let _ = self.tally.place.set(self.place_of(self.version()));
+        let _ = self.tally.place.set(self.place());
     }
 
-    fn place_of(&self, version: &Version) -> Place {
-        let (model, stats) = (self.model.name.clone(), version.stats.clone());
-        Place { model, version: version.name.clone(), stats }
+    fn place(&self) -> Place {
+        Place { model: self.model.clone(), index: self.version }
     }
 
     /// Whose it is.

@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use consort_api::Protocol;
-use hyper::header::{HeaderMap, HeaderName, HeaderValue};
+use hyper::header::{HeaderName, HeaderValue};
 
 use super::Session;
 use crate::error::Refusal;
@@ -17,17 +17,18 @@ const TIMEOUT: HeaderName = HeaderName::from_static("x-request-timeout-ms");
 const KEEP_ALIVE: HeaderName = HeaderName::from_static("x-keep-alive-ms");
 
 impl Session {
-    fn question_headers(&self, protocol: Protocol) -> Result<HeaderMap, Refusal> {
+    fn question_headers(&self, protocol: Protocol) -> Result<Vec<(HeaderName, HeaderValue)>, Refusal> {
         let left = self.deadline.saturating_duration_since(Instant::now());
         if left < Duration::from_millis(1) {
             return Err(Refusal::deadline());
         }
-        let mut headers = self.headers.clone();
+        let mut headers = Vec::with_capacity(4);
+        headers.extend_from_slice(&self.headers);
         if protocol == Protocol::Consort {
             let ms = |time: Duration| HeaderValue::from(u64::try_from(time.as_millis()).unwrap_or(u64::MAX));
-            headers.insert(TIMEOUT, ms(left));
+            headers.push((TIMEOUT, ms(left)));
             // Two of three signs of life may be late before silence is a hang.
-            headers.insert(KEEP_ALIVE, ms(self.settings.replicas.silence_timeout / 3));
+            headers.push((KEEP_ALIVE, ms(self.settings.replicas.silence_timeout / 3)));
         }
         Ok(headers)
     }

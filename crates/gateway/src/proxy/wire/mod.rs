@@ -144,9 +144,10 @@ impl Connection {
                 self.keep = false;
                 return Poll::Ready(match self.framing.closed() {
                     true => Ok(None),
-                    false => {
-                        Err(io::Error::new(ErrorKind::UnexpectedEof, "the connection was closed in an answer"))
-                    }
+                    false => Err(io::Error::new(
+                        ErrorKind::UnexpectedEof,
+                        "the connection was closed in an answer",
+                    )),
                 });
             }
         }
