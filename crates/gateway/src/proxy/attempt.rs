@@ -85,6 +85,7 @@ pub(crate) enum Reply {
 }
 
 /// A response, before it is anybody's.
+#[expect(clippy::large_enum_variant, reason = "it is taken apart where it comes")]
 enum Taken {
     Answer(ResponseHead, Connection),
     Refused(Box<Refused>),
