@@ -69,6 +69,8 @@ pub(crate) struct Introduction {
     pub(crate) key: Vec<u8>,
     /// The only transport it will use.
     pub(crate) only: Option<TransportKind>,
+    /// How long it would give the epoch to come to stand.
+    pub(crate) forming_ms: u64,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -81,6 +83,8 @@ enum Message {
         members: Vec<Introduction>,
         certificate: Vec<u8>,
         authority: Vec<u8>,
+        /// How long connecting may take.
+        forming_ms: u64,
     },
     /// So many newcomers wait. Rank 0 is told, whenever it changes.
     Waiting {
@@ -331,8 +335,9 @@ fn decide(policy: Policy, authority: &Authority, inbox: &mpsc::Receiver<News>, s
                 continue;
             }
             Ok(News::Said(id, introduction)) => {
+                let forming = Duration::from_millis(introduction.forming_ms);
                 introductions.insert(id, introduction);
-                Event::Join(id)
+                Event::Join { id, forming }
             }
             Ok(News::Gone(id)) => {
                 streams.remove(&id);
@@ -372,8 +377,8 @@ fn decide(policy: Policy, authority: &Authority, inbox: &mpsc::Receiver<News>, s
                         stream.hang_up();
                     }
                 }
-                Command::Begin { epoch, members } => {
-                    begin(epoch, &members, authority, &streams, &introductions);
+                Command::Begin { epoch, members, forming } => {
+                    begin(epoch, &members, forming, authority, &streams, &introductions);
                 }
             }
         }
@@ -402,6 +407,7 @@ fn decide(policy: Policy, authority: &Authority, inbox: &mpsc::Receiver<News>, s
 fn begin(
     epoch: u64,
     members: &[MemberId],
+    forming: Duration,
     authority: &Authority,
     streams: &HashMap<MemberId, Arc<Stream>>,
     introductions: &HashMap<MemberId, Introduction>,
@@ -414,7 +420,8 @@ fn begin(
         let told = authority.issue(&introduction.key, epoch, rank).map_err(io::Error::other).and_then(
             |certificate| {
                 let (members, authority) = (all.clone(), authority.certificate().to_vec());
-                let message = Message::Begin { epoch, rank, members, certificate, authority };
+                let forming_ms = forming.as_millis() as u64;
+                let message = Message::Begin { epoch, rank, members, certificate, authority, forming_ms };
                 write_message(stream, &message, Instant::now() + TELLING)
             },
         );
@@ -432,6 +439,8 @@ pub(crate) struct Begin {
     pub(crate) members: Vec<Introduction>,
     pub(crate) certificate: Vec<u8>,
     pub(crate) authority: Vec<u8>,
+    /// How long connecting to the others may take: the same for all.
+    pub(crate) forming: Duration,
 }
 
 /// A member's connection to the store.
@@ -507,8 +516,11 @@ impl Membership {
         });
         self.newcomers = 0;
         match answer {
-            Ok(Message::Begin { epoch, rank, members, certificate, authority }) if rank < members.len() => {
-                Ok(Begin { epoch, rank, members, certificate, authority })
+            Ok(Message::Begin { epoch, rank, members, certificate, authority, forming_ms })
+                if rank < members.len() =>
+            {
+                let forming = Duration::from_millis(forming_ms);
+                Ok(Begin { epoch, rank, members, certificate, authority, forming })
             }
             Ok(Message::Concluded { note }) => Err(Error::Concluded { note }),
             Ok(_) => Err(Error::Refused {
@@ -613,6 +625,7 @@ mod tests {
             local: None,
             key: crate::tls::MemberKey::new().unwrap().public().to_vec(),
             only: None,
+            forming_ms: 500,
         };
         let mut first = member(&store);
         assert!(first.join(&introduction(), deadline).is_ok());
@@ -638,6 +651,7 @@ mod tests {
             local: None,
             key,
             only: None,
+            forming_ms: 500,
         };
         for lie in [&u32::MAX.to_le_bytes()[..], b"\x05\0\0\0{\"a\":", b"\x02\0\0\0[]"] {
             let member = member(&store);

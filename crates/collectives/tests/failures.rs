@@ -6,7 +6,7 @@
 mod common;
 
 use std::io::Write;
-use std::net::TcpStream;
+use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::time::{Duration, Instant};
 
 use common::worker::{Worker, clock_us};
@@ -252,4 +252,56 @@ fn nobody_comes_and_the_wait_ends() {
     drop(store);
     assert!(matches!(Group::join(alone).unwrap_err(), Error::Rendezvous { .. } | Error::Refused { .. }));
     assert!(started.elapsed() < Duration::from_secs(30));
+}
+
+/// Passes connections on to `target`, each after `delay`: a machine on which everything takes its time. It runs until the
+/// test binary ends.
+fn slow_road(target: SocketAddr, delay: Duration) -> SocketAddr {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    std::thread::spawn(move || {
+        for near in listener.incoming().map_while(Result::ok) {
+            std::thread::spawn(move || {
+                std::thread::sleep(delay);
+                let Ok(far) = TcpStream::connect(target) else { return };
+                let (mut a, mut b) = (near.try_clone().unwrap(), far.try_clone().unwrap());
+                let back = std::thread::spawn(move || {
+                    let _ = std::io::copy(&mut b, &mut a);
+                    let _ = a.shutdown(std::net::Shutdown::Both);
+                });
+                let (mut near, mut far) = (near, far);
+                let _ = std::io::copy(&mut near, &mut far);
+                let _ = far.shutdown(std::net::Shutdown::Both);
+                let _ = back.join();
+            });
+        }
+    });
+    address
+}
+
+/// On a machine that others kept busy, connecting took longer than the half second that an epoch was given, and every
+/// attempt was given the same: for minutes none came to stand. Here three connections take 0.3 s each.
+#[test]
+fn members_that_connect_slowly_are_given_longer_until_they_stand() {
+    let store = store(2);
+    let join = |rank: u16| {
+        // A port that is free now; the members of this test alone listen there, again for each attempt.
+        let listen = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+        let advertise = Some(slow_road(listen, Duration::from_millis(300)).to_string());
+        let silence = Duration::from_millis(400);
+        let name = Some(format!("host {rank}"));
+        let options =
+            JoinOptions { silence, listen: Some(listen), advertise, host: name, ..options(&store, KINDS[2]) };
+        move || {
+            let mut group = Group::join(options).unwrap();
+            let mut one = [1i32];
+            group.all_reduce(&mut one, ReduceOp::Sum).unwrap();
+            (group.epoch(), one[0])
+        }
+    };
+    let (first, second) = (std::thread::spawn(join(0)), std::thread::spawn(join(1)));
+    let (first, second) = (first.join().unwrap(), second.join().unwrap());
+    assert_eq!(first, second);
+    assert!(first.0 > 1, "the first attempt is over before three connections can be made");
+    assert_eq!(first.1, 2);
 }

@@ -10,6 +10,7 @@ use crate::control::Control;
 use crate::error::Error;
 use crate::mesh::{Links, Mesh};
 use crate::net::{Listener, Stream, connect_tcp};
+use crate::rendezvous::MOST_FORMING;
 use crate::store::{Begin, Introduction, Membership};
 use crate::tls::MemberKey;
 #[cfg(target_os = "linux")]
@@ -86,11 +87,17 @@ pub(super) fn rejoin(ticket: Ticket) -> Result<Group, Error> {
     form(ticket, deadline)
 }
 
-/// Asks for epochs until one of them comes to stand: a member may die while it is formed.
+/// The least that an epoch is given to come to stand.
+const FORMING: Duration = Duration::from_millis(500);
+
+/// Asks for epochs until one of them comes to stand: a member may die while it is formed, or the machine may be so busy
+/// that connecting takes its time. So each attempt is given twice as long as the one before.
 fn form(mut ticket: Ticket, deadline: Instant) -> Result<Group, Error> {
     let mut reconnected = false;
+    // Connecting takes milliseconds. A member that died meanwhile must not cost the whole time for joining.
+    let mut forming = ticket.options.silence.max(FORMING).min(MOST_FORMING);
     loop {
-        let meeting = Meeting::open(&ticket)?;
+        let meeting = Meeting::open(&ticket, forming)?;
         let begin = match ticket.membership.join(&meeting.introduction, deadline) {
             Ok(begin) => begin,
             Err(Error::Refused { .. }) if !reconnected => {
@@ -101,14 +108,16 @@ fn form(mut ticket: Ticket, deadline: Instant) -> Result<Group, Error> {
             }
             Err(error) => return Err(error),
         };
-        // Connecting takes milliseconds. A member that died meanwhile must not cost the whole time for joining.
-        let patience = Instant::now() + ticket.options.silence.max(Duration::from_millis(500));
-        match meeting.connect(&ticket, &begin, patience.min(deadline)) {
+        let forming_ends = Instant::now() + begin.forming.min(MOST_FORMING);
+        match meeting.connect(&ticket, &begin, forming_ends.min(deadline)) {
             Ok((transport, control)) => return Ok(stand(ticket, &begin, transport, control)),
             Err(error @ Error::Invalid { .. }) => return Err(error),
             Err(error) if Instant::now() >= deadline => return Err(error),
             Err(error) => {
-                tracing::warn!(epoch = begin.epoch, %error, "an epoch did not come to stand; trying the next")
+                tracing::warn!(
+                    epoch = begin.epoch, forming = ?begin.forming, %error, "an epoch did not come to stand; trying the next"
+                );
+                forming = begin.forming.saturating_mul(2).min(MOST_FORMING);
             }
         }
     }
@@ -155,7 +164,7 @@ struct Meeting {
 }
 
 impl Meeting {
-    fn open(ticket: &Ticket) -> Result<Self, Error> {
+    fn open(ticket: &Ticket, forming: Duration) -> Result<Self, Error> {
         let fail = |e: std::io::Error| Error::system("listen for peers", &e);
         let address: SocketAddr = match ticket.options.listen {
             Some(address) => address,
@@ -174,6 +183,7 @@ impl Meeting {
             tcp: ticket.options.advertise.clone().unwrap_or_else(|| tcp_address.to_string()),
             local: name,
             only: ticket.options.transport,
+            forming_ms: forming.as_millis() as u64,
         };
         Ok(Self {
             introduction,
