@@ -3,24 +3,37 @@
 #![allow(clippy::unwrap_used, dead_code, unreachable_pub)]
 
 use std::process::Command;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// Runs `ip` with these words.
 pub fn ip(words: &str) {
-    let done = Command::new("ip").args(words.split(' ')).output();
-    let done = done.expect("this test makes network namespaces: it needs `ip` (package iproute2)");
+    run("ip", words);
+}
+
+fn run(program: &str, words: &str) {
+    let done = Command::new(program).args(words.split(' ')).output();
+    let done = done.expect("this test makes network namespaces: it needs `ip` and `tc` (package iproute2)");
     let said = String::from_utf8_lossy(&done.stderr);
-    assert!(done.status.success(), "ip {words}: {said} (this test makes network namespaces: it needs root)");
+    assert!(
+        done.status.success(),
+        "{program} {words}: {said} (this test makes network namespaces: it needs root)"
+    );
 }
 
 /// Some hosts on one switch.
 pub struct Network {
     id: u32,
     hosts: usize,
+    _alone: MutexGuard<'static, ()>,
 }
 
 impl Network {
     pub fn new(hosts: usize) -> Self {
-        let network = Self { id: std::process::id() % 50_000, hosts };
+        // One at a time: the names are those of the process, and what one test's workers take of a small machine would
+        // look like silence to another's.
+        static ALONE: Mutex<()> = Mutex::new(());
+        let alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+        let network = Self { id: std::process::id() % 50_000, hosts, _alone: alone };
         let (id, bridge) = (network.id, network.bridge());
         ip(&format!("link add {bridge} type bridge"));
         ip(&format!("addr add {}/24 dev {bridge}", network.address(254)));
@@ -35,6 +48,17 @@ impl Network {
             ip(&format!("-n {space} link set lo up"));
         }
         network
+    }
+
+    /// Makes every cable carry 1 Gb/s each way, as a token bucket does.
+    pub fn shape(&self) {
+        for host in 0..self.hosts {
+            let (space, inner) = (self.space(host), format!("cc{}i", self.id));
+            run(
+                "tc",
+                &format!("-n {space} qdisc add dev {inner} root tbf rate 1gbit burst 128kb latency 20ms"),
+            );
+        }
     }
 
     fn bridge(&self) -> String {
