@@ -1,13 +1,14 @@
 //! Measures all-reduce between processes of this machine.
 //!
 //! ```text
-//! cargo run --release -p consort-collectives --example bench -- [RANKS] [shm|tcp|tls|mixed] [ALGORITHM|auto] [BYTES …]
-//! cargo run --release -p consort-collectives --example bench -- [RANKS] [shm|tcp|tls|mixed] each-OPERATION [BYTES …]
+//! cargo run --release -p consort-collectives --example bench -- [RANKS] [shm|tcp|tls|mixed|auto] [ALGORITHM|auto] [BYTES …]
+//! cargo run --release -p consort-collectives --example bench -- [RANKS] [shm|tcp|tls|mixed|auto] each-OPERATION [BYTES …]
 //! ```
 //!
 //! With `--json` each length is one JSON object on a line; `each-OPERATION` (`each-all_reduce`) takes every algorithm in
-//! turn and prints so always. `BENCH_HOSTS` divides the ranks among so many hosts that share no memory. What is measured
-//! and how: [`consort_collectives::bench`].
+//! turn and prints so always. `BENCH_HOSTS` divides the ranks among so many hosts that share no memory. The transport `auto`
+//! is the one that a job takes by itself; `--json` then says first which, and which ranks are on one host. What is
+//! measured and how: [`consort_collectives::bench`].
 
 #![allow(clippy::print_stdout, clippy::unwrap_used)]
 
@@ -30,11 +31,12 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let store = Store::listen(&address, TOKEN, StoreOptions::new(ranks))?;
     let hosts: usize = std::env::var("BENCH_HOSTS").map_or(Ok(1), |n| n.parse())?;
     let start = |rank: usize| {
-        Command::new(std::env::current_exe()?)
-            .args(&args)
-            .env("BENCH_STORE", store.address().to_string())
-            .env("BENCH_HOST", (rank * hosts / ranks).to_string())
-            .spawn()
+        let mut command = Command::new(std::env::current_exe()?);
+        command.args(&args).env("BENCH_STORE", store.address().to_string());
+        if hosts > 1 {
+            command.env("BENCH_HOST", (rank * hosts / ranks).to_string());
+        }
+        command.spawn()
     };
     // The others are started elsewhere, with BENCH_STORE in their environment.
     let starts = std::env::var("BENCH_STARTS").map_or(Ok(ranks), |n| n.parse())?;
@@ -52,7 +54,11 @@ fn worker(store: &str, args: &[String]) -> Result<(), Box<dyn std::error::Error>
     let args: Vec<&str> = args.iter().map(String::as_str).filter(|arg| *arg != "--json").collect();
     let kind = args.get(1).copied().unwrap_or("shm");
     let mut options = JoinOptions::new(store, TOKEN);
-    options.transport = Some(TransportKind::by_name(kind).ok_or("the transport is shm, tcp, tls or mixed")?);
+    let known = TransportKind::by_name(kind);
+    if known.is_none() && kind != "auto" {
+        return Err("the transport is shm, tcp, tls, mixed or auto".into());
+    }
+    options.transport = known;
     options.host = std::env::var("BENCH_HOST").ok();
     let mut group = Group::join(options)?;
     let algorithm = args.get(2).copied().unwrap_or("auto");
@@ -73,6 +79,10 @@ fn worker(store: &str, args: &[String]) -> Result<(), Box<dyn std::error::Error>
             }
         }
         return Ok(());
+    }
+    if talks && json && known.is_none() {
+        let (transport, hosts) = (group.transport().name(), group.hosts());
+        println!("{}", serde_json::json!({ "transport": transport, "hosts": hosts }));
     }
     if talks && !json {
         println!("all_reduce (sum, f32), {} processes, {kind}, {algorithm}", group.world_size());

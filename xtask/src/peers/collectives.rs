@@ -2,7 +2,8 @@
 //!
 //! Every side measures in the same way (`crates/collectives/src/bench.rs`; the peers' programs beside this file say
 //! the same in C and Python). A round runs each side once, so that all meet the same machine; what is quoted is the
-//! median over rounds. Links: shared memory, TCP over loopback, and a link of 1 Gb/s between two network namespaces.
+//! median over rounds. Links: shared memory, TCP over loopback, and a link of 1 Gb/s between two network namespaces, with
+//! one rank in each or with two.
 //! What a run doesn't measure, it takes from the last one, since a quiet machine is rare for long.
 
 mod link;
@@ -28,7 +29,7 @@ pub(crate) struct CollectivesArguments {
     #[arg(long, value_delimiter = ',', default_value = "2,4", value_parser = clap::value_parser!(u32).range(2..=64))]
     ranks: Vec<u32>,
     /// collectives: what the bytes go over.
-    #[arg(long, value_delimiter = ',', default_value = "memory,loopback,shaped")]
+    #[arg(long, value_delimiter = ',', default_value = "memory,loopback,shaped,hosts")]
     links: Vec<Link>,
     /// collectives: a Python with PyTorch in it, instead of making an environment (some gigabytes).
     #[arg(long, value_name = "FILE")]
@@ -46,8 +47,10 @@ enum Link {
     Memory,
     /// TCP over the loopback interface.
     Loopback,
-    /// TCP between two network namespaces, 1 Gb/s each way. Needs root.
+    /// TCP between two network namespaces of one rank each, 1 Gb/s each way. Needs root.
     Shaped,
+    /// The same between two namespaces of two ranks each, which share the memory of their own.
+    Hosts,
 }
 
 impl Link {
@@ -56,6 +59,17 @@ impl Link {
             Self::Memory => &[Side::Shm, Side::OpenMpi, Side::Gloo],
             Self::Loopback => &[Side::Tcp, Side::Gloo, Side::Tls, Side::OpenMpi],
             Self::Shaped => &[Side::Tcp, Side::Gloo, Side::Tls],
+            // Open MPI takes what has one host name for one host, and there is one name here.
+            Self::Hosts => &[Side::Auto, Side::Gloo],
+        }
+    }
+
+    /// Whether it takes this number of ranks.
+    fn takes(self, ranks: u32) -> bool {
+        match self {
+            Self::Shaped => ranks == 2,
+            Self::Hosts => ranks == 4,
+            _ => true,
         }
     }
 
@@ -63,6 +77,7 @@ impl Link {
         match self {
             // A call of 64 MB takes half a second there.
             Self::Shaped => [12, 16, 20, 24].map(|power| 1 << power).to_vec(),
+            Self::Hosts => (16..=26).step_by(2).map(|power| 1 << power).collect(),
             _ => (12..=28).step_by(2).map(|power| 1 << power).collect(),
         }
     }
@@ -113,11 +128,9 @@ pub(crate) fn compare(
     (record.gloo, record.open_mpi) = (sides.gloo_version.clone(), sides.mpi_version.clone());
     record.copy_gb_per_s = copy_speed();
     for link in &arguments.links {
-        let shaped = (*link == Link::Shaped).then(link::Shaped::new).transpose()?;
-        for ranks in &arguments.ranks {
-            if shaped.is_some() && *ranks != 2 {
-                continue;
-            }
+        let between_spaces = matches!(link, Link::Shaped | Link::Hosts);
+        let shaped = between_spaces.then(link::Shaped::new).transpose()?;
+        for ranks in arguments.ranks.iter().filter(|ranks| link.takes(**ranks)) {
             let mut series = Series { link: *link, ranks: *ranks, rounds: Vec::new() };
             for round in 1..=rounds {
                 eprintln!("xtask: {link:?}, {ranks} ranks, round {round} of {rounds}");

@@ -26,7 +26,7 @@ impl Series {
 
 fn label(side: Side) -> &'static str {
     match side {
-        Side::Shm => "Consort",
+        Side::Shm | Side::Auto => "Consort",
         Side::Tcp => "Consort TCP",
         Side::Tls => "Consort TLS",
         Side::OpenMpi => "Open MPI",
@@ -100,6 +100,12 @@ pub(super) fn page(record: &Record, machine: &str, rounds: usize) -> String {
          time, bus bandwidth that times 2·(n−1)/n.\n",
         record.open_mpi, record.gloo,
     );
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    if record.series.iter().any(|series| series.ranks as usize > cores) {
+        text += &format!(
+            "\nThe machine has {cores} cores: more ranks than that take turns on them, on every side.\n"
+        );
+    }
     for series in &record.series {
         let ranks = series.ranks;
         text += &match series.link {
@@ -114,11 +120,21 @@ pub(super) fn page(record: &Record, machine: &str, rounds: usize) -> String {
                 record.copy_gb_per_s / (2.0 * f64::from(ranks)),
             ),
             Link::Loopback => format!("\n## TCP over loopback, {ranks} ranks\n\n"),
-            Link::Shaped => format!(
-                "\n## A link of 1 Gb/s, {ranks} ranks\n\n\
-                 Two network namespaces and a cable (token bucket: 1 Gb/s each way). The limit is 0.125 GB/s of bus \
-                 bandwidth.\n\n"
-            ),
+            Link::Shaped => "\n## A link of 1 Gb/s, one rank on each side\n\n\
+                 Two network namespaces and a cable (token bucket: 1 Gb/s each way). Each of two ranks must send the \
+                 other as many bytes as the vector has, 2·(n−1)/n of it, by whatever algorithm; so no side can have \
+                 more than 0.125 GB/s of bus bandwidth, or 0.119 without the headers of Ethernet, IP and TCP. Where all \
+                 sides fill the link, all take the same time: 1.0 is the most that a ratio can be.\n\n"
+                .to_owned(),
+            Link::Hosts => "\n## A link of 1 Gb/s between two hosts of two ranks\n\n\
+                 The same cable, with two ranks in each namespace. A ring of four that knows nothing of hosts, as \
+                 gloo's, sends 2·(n−1)/n = 1.5 times the vector over the link in each direction. Consort finds by \
+                 itself who shares a host, adds up inside each host through its memory and sends each sum over the link \
+                 once, encrypted: 1.0 times the vector. So 1.5 is what a link that is the bottleneck allows. Algorithm \
+                 bandwidth can be 0.119 GB/s then, and the bus bandwidth that follows from the formula, 1.5 times that, \
+                 is more than the link's. Open MPI is left out: it tells hosts apart by their names, and the namespaces \
+                 of one machine have one.\n\n"
+                .to_owned(),
         };
         text += &table(series, record.copy_gb_per_s);
     }

@@ -28,6 +28,8 @@ pub(super) enum Side {
     Tcp,
     /// Ours over TLS.
     Tls,
+    /// Ours over what a job takes by itself.
+    Auto,
     /// Open MPI, over the memory or over TCP.
     OpenMpi,
     /// gloo through PyTorch, over TCP.
@@ -84,11 +86,14 @@ impl Sides {
         shaped: Option<&Shaped>,
     ) -> Result<Times> {
         let processes = match side {
-            Side::Shm | Side::Tcp | Side::Tls => self.ours(side, ranks, lengths, shaped),
+            Side::Shm | Side::Tcp | Side::Tls | Side::Auto => self.ours(side, ranks, lengths, shaped),
             Side::OpenMpi => self.open_mpi(link, ranks, lengths),
             Side::Gloo => self.gloo(ranks, lengths, shaped)?,
         };
         let texts = together(processes)?;
+        if side == Side::Auto && !texts.contains(r#""transport":"mixed""#) {
+            bail!("two hosts of two ranks were not found to be that; it printed: {texts}");
+        }
         let times: Times = texts.lines().filter_map(parse).collect();
         if times.len() != lengths.len() {
             bail!("{side:?} measured {} of {} lengths; it printed: {texts}", times.len(), lengths.len());
@@ -100,6 +105,7 @@ impl Sides {
         let name = match side {
             Side::Shm => "shm",
             Side::Tls => "tls",
+            Side::Auto => "auto",
             _ => "tcp",
         };
         let words = [ranks.to_string(), name.into(), "auto".into(), "--json".into()];
@@ -112,11 +118,16 @@ impl Sides {
             None => vec![with(Command::new(&self.bench))],
             Some(shaped) => {
                 let store = format!("{}:7411", Shaped::address(0));
+                let here = ranks / 2;
                 let mut first = with(shaped.at(0, &self.bench));
-                first.env("BENCH_LISTEN", &store).env("BENCH_STARTS", "1");
-                let mut second = with(shaped.at(1, &self.bench));
-                second.env("BENCH_STORE", &store);
-                vec![first, second]
+                first.env("BENCH_LISTEN", &store).env("BENCH_STARTS", here.to_string());
+                let mut all = vec![first];
+                for _ in here..ranks {
+                    let mut other = with(shaped.at(1, &self.bench));
+                    other.env("BENCH_STORE", &store);
+                    all.push(other);
+                }
+                all
             }
         }
     }
@@ -145,7 +156,7 @@ impl Sides {
         };
         let rank = |rank: u32| {
             let mut command = match shaped {
-                Some(shaped) => shaped.at(rank as usize, &self.python),
+                Some(shaped) => shaped.at(usize::from(rank >= ranks / 2), &self.python),
                 None => Command::new(&self.python),
             };
             command.arg(&self.gloo).args([rank.to_string(), ranks.to_string(), master.clone()]);
