@@ -35,7 +35,9 @@ impl Pace {
             // Eight megabytes: 10 Gb/s over 6 ms.
             _ => 64,
         };
-        Self { piece: 128 << 10, lead }
+        // Of more ranks, each piece is in as many rings at once as there are other ranks.
+        let shared = kind == TransportKind::SharedMemory && hosts.len() > 2;
+        Self { piece: if shared { 64 << 10 } else { 128 << 10 }, lead }
     }
 }
 
