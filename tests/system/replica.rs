@@ -13,12 +13,19 @@ use serde_json::{Value, json};
 
 use crate::client::{self, PATIENCE, Response};
 
-/// Held by each test: they measure memory and processor time, so they don't run beside each other.
-static MACHINE: Mutex<()> = Mutex::new(());
+/// Tests of one lane take turns; the two lanes run side by side.
+#[derive(Clone, Copy)]
+pub(crate) enum Lane {
+    /// A real model computes, and wants the machine.
+    Models,
+    /// Mostly waits, for processes that start, fall silent or end.
+    Waits,
+}
 
-/// Waits for the machine.
-pub(crate) fn machine() -> MutexGuard<'static, ()> {
-    MACHINE.lock().unwrap_or_else(PoisonError::into_inner)
+/// Waits for a lane.
+pub(crate) fn turn(lane: Lane) -> MutexGuard<'static, ()> {
+    static LANES: [Mutex<()>; 2] = [Mutex::new(()), Mutex::new(())];
+    LANES[lane as usize].lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// A running replica.
@@ -37,7 +44,7 @@ pub(crate) fn model() -> PathBuf {
 
 /// Starts a replica with these further arguments and waits until it is ready.
 pub(crate) fn serve(arguments: &[&str]) -> Replica {
-    let guard = MACHINE.lock().unwrap_or_else(PoisonError::into_inner);
+    let guard = turn(Lane::Models);
     let mut replica = start(arguments);
     replica.machine = Some(guard);
     replica
@@ -124,16 +131,16 @@ impl Replica {
     /// Bytes in memory once an idle replica has got its cache's memory ready, which takes a second at most.
     pub(crate) fn settled_memory(&self) -> u64 {
         let begun = Instant::now();
-        let mut before = self.memory().0;
-        loop {
+        // Equal for a second, as other tests may take the processor meanwhile.
+        let (mut before, mut same) = (self.memory().0, 0);
+        while same < 5 {
             assert!(begun.elapsed() < PATIENCE, "an idle replica's memory grows and grows: {before} bytes");
             std::thread::sleep(Duration::from_millis(200));
             let now = self.memory().0;
-            if now == before {
-                return now;
-            }
+            same = if now == before { same + 1 } else { 0 };
             before = now;
         }
+        before
     }
 
     /// Processor time used so far, in clock ticks (a hundredth of a second on every Linux we run on).

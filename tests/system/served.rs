@@ -79,13 +79,13 @@ fn servers_and_workers_that_are_killed_change_no_bit() {
 fn a_server_that_is_killed_before_the_first_step_is_replaced() {
     let expected = expected();
     let place = around(STEPS, "", "");
-    for round in 0..6u64 {
+    for round in 0..4u64 {
         let mut training = place.train(&["--json", "--workers", "2", "--restart"]);
         let server = training.process(&format!("server {}", round % 2));
         // What happens in between, nobody tells; so this is a time, another one each round and each day.
         let micros =
             u64::from(SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap().subsec_micros());
-        let pause = Duration::from_millis(round * 40) + Duration::from_micros(micros % 40_000);
+        let pause = Duration::from_millis(round * 60) + Duration::from_micros(micros % 60_000);
         std::thread::sleep(pause);
         send(server, Signal::KILL);
         let ended = training.end();

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
-use crate::replica::machine;
+use crate::replica::{Lane, turn};
 
 /// Far longer than anything here takes.
 const PATIENCE: Duration = Duration::from_secs(120);
@@ -43,7 +43,7 @@ every = 5
 /// A folder with a job.
 pub(crate) struct Place {
     folder: tempfile::TempDir,
-    _machine: MutexGuard<'static, ()>,
+    _turn: MutexGuard<'static, ()>,
 }
 
 impl Place {
@@ -52,7 +52,7 @@ impl Place {
     }
 
     pub(crate) fn with(steps: u64, change: impl Fn(String) -> String) -> Place {
-        let place = Place { folder: tempfile::tempdir().unwrap(), _machine: machine() };
+        let place = Place { folder: tempfile::tempdir().unwrap(), _turn: turn(Lane::Waits) };
         let job = JOB.replace("OUT", place.out().to_str().unwrap()).replace("STEPS", &steps.to_string());
         fs::write(place.job(), change(job)).unwrap();
         place

@@ -125,33 +125,36 @@ fn prometheus_reads_a_job_and_bad_clients_cost_it_nothing() {
     let open = || fs::read_dir(format!("/proc/{}/fd", training.id())).unwrap().count();
     let during = reached(address, later["consort_train_step"] + 5.0);
     assert!(open() < 120, "{} files are open", open());
+    // All at once, as each is borne for some seconds.
     let since = Instant::now();
-    for mut stream in idle {
-        closed(&mut stream, since);
-    }
-    let mut slow = connect(address).unwrap();
-    let text = request("GET", "/metrics", address, b"");
-    let since = Instant::now();
-    for byte in text[..text.len() - 4].iter().cycle() {
-        if slow.write_all(&[*byte]).is_err() {
-            break;
-        }
-        assert!(since.elapsed() < BORNE, "a byte at a time is borne for ever");
-        scrape(address);
-        std::thread::sleep(Duration::from_millis(50));
-    }
-    let mut deaf = connect(address).unwrap();
-    deaf.set_write_timeout(Some(Duration::from_millis(100))).unwrap();
-    let question = format!("GET /metrics HTTP/1.1\r\nhost: {address}\r\n\r\n").repeat(100);
-    let since = Instant::now();
-    loop {
-        match deaf.write(question.as_bytes()) {
-            Ok(_) => {}
-            Err(e) if matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => {}
-            Err(_) => break,
-        }
-        assert!(since.elapsed() < BORNE, "who never reads is borne for ever");
-    }
+    std::thread::scope(|scope| {
+        scope.spawn(|| idle.into_iter().for_each(|mut stream| closed(&mut stream, since)));
+        scope.spawn(|| {
+            let mut slow = connect(address).unwrap();
+            let text = request("GET", "/metrics", address, b"");
+            for byte in text[..text.len() - 4].iter().cycle() {
+                if slow.write_all(&[*byte]).is_err() {
+                    break;
+                }
+                assert!(since.elapsed() < BORNE, "a byte at a time is borne for ever");
+                scrape(address);
+                std::thread::sleep(Duration::from_millis(50));
+            }
+        });
+        scope.spawn(|| {
+            let mut deaf = connect(address).unwrap();
+            deaf.set_write_timeout(Some(Duration::from_millis(100))).unwrap();
+            let question = format!("GET /metrics HTTP/1.1\r\nhost: {address}\r\n\r\n").repeat(100);
+            loop {
+                match deaf.write(question.as_bytes()) {
+                    Ok(_) => {}
+                    Err(e) if matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => {}
+                    Err(_) => break,
+                }
+                assert!(since.elapsed() < BORNE, "who never reads is borne for ever");
+            }
+        });
+    });
     let after = memory(training.id());
     assert!(after < before + ROOM, "memory went from {before} to {after} bytes");
 

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 
 use crate::client::{self, PATIENCE, Response};
-use crate::replica::{chat, machine, model, signal};
+use crate::replica::{Lane, chat, model, signal, turn};
 
 const CHAT: &str = "/v1/chat/completions";
 
@@ -56,7 +56,7 @@ pub(crate) fn start_program(
     arguments: &[&str],
     environment: &[(&str, &str)],
 ) -> Up {
-    let machine = machine();
+    let machine = turn(Lane::Models);
     let mut child = program_on(program, folder.path())
         .envs(environment.iter().copied())
         .arg("up")

@@ -162,11 +162,20 @@ impl Tally {
     }
 }
 
+/// Threads for the system's tests: more than there are tests, which take turns by themselves.
+const SYSTEM_THREADS: &str = "256";
+
 fn run_tests(root: &Path, machine: &Machine, models: &[(&str, String)], tally: &mut Tally) -> Result<()> {
-    let mut tests = cargo(root, ["test", "--workspace", "--locked"]);
-    tests.env("CONSORT_TEST_PYTHON", &machine.python).env("CONSORT_TEST_CHROMIUM", &machine.chromium);
-    tests.envs(models.iter().map(|(variable, path)| (variable, path)));
-    watched(&mut tests, |line| tally.see(line))
+    // The same packages both times: others would be built with other features.
+    let system = ["--test", "system", "--", "--test-threads", SYSTEM_THREADS];
+    for part in [&["--", "--skip", "system::"][..], &system] {
+        let mut tests = cargo(root, ["test", "--workspace", "--locked"]);
+        tests.args(part);
+        tests.env("CONSORT_TEST_PYTHON", &machine.python).env("CONSORT_TEST_CHROMIUM", &machine.chromium);
+        tests.envs(models.iter().map(|(variable, path)| (variable, path)));
+        watched(&mut tests, |line| tally.see(line))?;
+    }
+    Ok(())
 }
 
 #[cfg(test)]

@@ -12,7 +12,7 @@
 //! ```
 
 use std::collections::HashMap;
-use std::io::{self, Write};
+use std::io::{self, ErrorKind, Write};
 use std::net::SocketAddr;
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
@@ -225,12 +225,15 @@ impl Guest {
         };
         let stream = match greet() {
             Ok(stream) => stream,
+            // Who gave up by itself wasn't refused: one of ours that waited too long, for instance.
+            Err(error) if !matches!(error.kind(), ErrorKind::PermissionDenied | ErrorKind::InvalidData) => {
+                tracing::debug!(%peer, %error, "a connection came to nothing");
+                return;
+            }
             Err(error) => {
                 tracing::warn!(%peer, %error, "refused a stranger");
-                service.refused(
-                    &peer.to_string(),
-                    &format!("it didn't prove that it belongs to the job ({error})"),
-                );
+                let reason = format!("it didn't prove that it belongs to the job ({error})");
+                service.refused(&peer, &reason);
                 return;
             }
         };
@@ -244,7 +247,7 @@ impl Guest {
                 Ok(question) => question,
                 Err(error) if error.kind() == io::ErrorKind::InvalidData => {
                     tracing::warn!(%peer, %error, "hung up");
-                    service.refused(&peer.to_string(), &error.to_string());
+                    service.refused(&peer, &error.to_string());
                     break;
                 }
                 Err(error) => {
@@ -258,7 +261,7 @@ impl Guest {
                 Ok(answer) => answer,
                 Err(reason) => {
                     tracing::warn!(%peer, reason, "hung up");
-                    service.refused(&peer.to_string(), &reason);
+                    service.refused(&peer, &reason);
                     break;
                 }
             };

@@ -5,11 +5,12 @@
 //! micro-batch then counts exactly once, over a resumption too.
 
 use std::collections::BTreeSet;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::SyncSender;
+use std::sync::mpsc::{self, RecvTimeoutError, SyncSender};
 use std::time::{Duration, Instant};
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 use consort_tensor::buffer::Buffer;
 use consort_training::checkpoint::{self, CheckpointConfig, Writer};
 use consort_training::job::Servers;
@@ -29,6 +30,8 @@ use crate::train::{prepare, worker};
 const PATIENCE: Duration = Duration::from_secs(120);
 /// How often the thread looks around when nothing happens.
 const TICK: Duration = Duration::from_millis(50);
+/// How long servers may take for what they have, before the thread looks around meanwhile.
+const FETCHING: Duration = Duration::from_millis(200);
 /// How often it says who waits for whom.
 const VIEW: Duration = Duration::from_millis(250);
 
@@ -88,7 +91,7 @@ pub(super) fn lead(
         since: Instant::now(),
         viewed: None,
         lost: 0,
-        lead,
+        lead: Arc::new(lead),
         layout,
         record,
         tell,
@@ -118,7 +121,7 @@ pub(super) fn lead(
 }
 
 struct Leading<'a> {
-    lead: Lead,
+    lead: Arc<Lead>,
     checkpoints: CheckpointConfig,
     /// Until the end.
     writer: Option<Writer>,
@@ -206,15 +209,40 @@ impl Leading<'_> {
             writer.skip(self.step);
             return Ok(());
         }
-        match self.lead.fetch() {
+        match self.fetch() {
             Ok(all) => self.write(&all),
             // Servers that don't answer for a while cost a checkpoint; that they never do again is the coordinator's to say.
             Err(error) => {
-                let (step, reason) = (self.step, error.to_string());
+                let (step, reason) = (self.step, crate::terminal::said(&error));
                 (self.tell)(Told::Checkpoint(checkpoint::Event::Failed { step, reason }));
                 Ok(())
             }
         }
+    }
+
+    /// What the servers have. Where they take their time, what happens meanwhile is told all the same.
+    fn fetch(&mut self) -> Result<Holdings> {
+        let (done, fetched) = mpsc::sync_channel(1);
+        let lead = Arc::clone(&self.lead);
+        let fetch = move || {
+            // The thread that waits for it doesn't go away.
+            let _ = done.send(lead.fetch());
+        };
+        let thread = std::thread::Builder::new().name("coordinator-fetches".into()).spawn(fetch)?;
+        let mut patience = FETCHING;
+        let all = loop {
+            match fetched.recv_timeout(patience) {
+                Ok(all) => break all?,
+                Err(RecvTimeoutError::Timeout) => {
+                    self.listen();
+                    patience = Duration::from_millis(1);
+                }
+                Err(RecvTimeoutError::Disconnected) => bail!("the thread that asks the servers has ended"),
+            }
+        };
+        // It has sent what it had.
+        let _ = thread.join();
+        Ok(all)
     }
 
     fn write(&mut self, all: &Holdings) -> Result<()> {
@@ -256,9 +284,9 @@ impl Leading<'_> {
         }
         let until = Instant::now() + self.deadline;
         let all = loop {
-            match self.lead.fetch() {
+            match self.fetch() {
                 Ok(all) => break all,
-                Err(error) if Instant::now() >= until => return Err(error.into()),
+                Err(error) if Instant::now() >= until => return Err(error),
                 Err(_) => {
                     self.lead.finished()?;
                     self.listen();
