@@ -18,18 +18,20 @@
 //!
 //! As GotoBLAS and BLIS do it (Goto and van de Geijn 2008): both sides are copied into panels in the order in which
 //! the kernel reads them, twelve rows of `A` and thirty-two columns of `B`, and a tile of 12 × 32 sums stays in
-//! registers. A panel of `A` (18 KiB) stays in the first-level cache, a block of `B` (up to 576 KiB) in the second, and
-//! each tile asks for the memory of the next one's results before it begins. Rounding to bf16 and turning happen in
-//! the copy. Tiles at the edges are computed whole and stored in part.
+//! registers. `B` is packed once by all threads together, in pieces, and stays in the cache that they share; then each
+//! takes 96 rows of `A` at a time through it. A panel of `A` (18 KiB) stays in the first-level cache, a piece of `B` (up
+//! to 384 KiB) in the second, and each tile asks for the memory of the next one's results before it begins. Rounding to
+//! bf16 and turning happen in the copy. Tiles at the edges are computed whole and stored in part.
 
 mod kernel;
 mod pack;
 
 use std::cell::RefCell;
+use std::marker::PhantomData;
 
-use crate::Pool;
 use crate::lanes::{self, Lanes};
 use crate::pool::Disjoint;
+use crate::{Cpu, Pool};
 
 pub(crate) use kernel::{Bf16, F32, Multiply, Reach, multiply};
 pub(crate) use pack::{PackedA, PackedB, Steps};
@@ -40,12 +42,12 @@ pub(crate) const TILE_ROWS: usize = 12;
 pub(crate) const TILE_COLS: usize = 32;
 /// Words of the inner dimension that are packed at a time, at most: a word is one `f32` or a pair of bf16.
 pub(crate) const BLOCK_STEPS: usize = 384;
-/// Words of a packed block of `B`, at most: 576 KiB, of a second-level cache of 1 MiB.
-const BLOCK_WORDS: usize = 384 * 384;
-/// Rows of `A` packed at a time.
-const BLOCK_ROWS: usize = 8 * TILE_ROWS;
-/// Rows of a task, at most: they pay for packing the block of `B`.
-const TASK_ROWS: usize = 85 * TILE_ROWS;
+/// Words of `B` that are packed at a time, at most: 8 MiB, which a shared cache holds.
+const SHARED_WORDS: usize = 2 << 20;
+/// Columns of a piece of packed `B`, at most: 384 KiB, of a second-level cache of 1 MiB.
+const PIECE_PANELS: usize = 8;
+/// Rows of a task, at most: as many of `A` are packed at a time.
+const TASK_PANELS: usize = 8;
 /// Multiply-adds below which a fork and join costs more than it gives.
 const FORK_WORK: usize = 1 << 17;
 
@@ -137,141 +139,196 @@ pub fn matmul(
     let work = rows.saturating_mul(cols).saturating_mul(inner);
     let threads = if work < FORK_WORK { 1 } else { pool.threads() };
     let values = if precision == Precision::F32 { F32::VALUES } else { Bf16::VALUES };
-    let block = block_len(inner, values);
-    let most_cols = BLOCK_WORDS / block.div_ceil(values).max(1) / TILE_COLS * TILE_COLS;
-    let (task_rows, task_cols) = tasks(rows, (cols, most_cols.min(1024)), threads);
-    let (down, across) = (rows.div_ceil(task_rows), cols.div_ceil(task_cols));
     let out = Disjoint::new(out);
-    let run = |task: usize| {
-        let (row, col) = (task / across * task_rows, task % across * task_cols);
-        let part = Part {
-            rows: (row, task_rows.min(rows - row)),
-            cols: (col, task_cols.min(cols - col)),
-            inner,
-            block,
-            a,
-            b,
-            out: (out.at(0).cast_mut(), out_stride),
-            add: store == Store::Add,
-        };
-        PACKS.with_borrow_mut(|packs| match precision {
-            Precision::F32 => lanes::dispatch(pool.cpu(), Call::<F32>(part, packs, std::marker::PhantomData)),
-            Precision::Bf16 => {
-                lanes::dispatch(pool.cpu(), Call::<Bf16>(part, packs, std::marker::PhantomData))
-            }
-        });
+    let product = Product {
+        extent,
+        block: block_len(inner, values),
+        pieces: piece_cols(extent, threads),
+        a,
+        b,
+        out: (out.at(0).cast_mut(), out_stride),
+        add: store == Store::Add,
     };
-    if threads == 1 {
-        (0..down * across).for_each(run);
-    } else {
-        pool.run(|worker| {
-            while let Some(task) = worker.claim(down * across) {
-                run(task);
-            }
-        });
-    }
+    let run = |tasks: usize, task: &(dyn Fn(usize) + Sync)| {
+        if threads == 1 {
+            (0..tasks).for_each(task);
+        } else {
+            pool.run(|worker| {
+                while let Some(index) = worker.claim(tasks) {
+                    task(index);
+                }
+            });
+        }
+    };
+    RIGHT.with_borrow_mut(|right| match precision {
+        Precision::F32 => product.run::<F32>(pool.cpu(), threads, right, run),
+        Precision::Bf16 => product.run::<Bf16>(pool.cpu(), threads, right, run),
+    });
 }
 
 /// Values of the inner dimension that are packed at a time: blocks of equal length, whole words.
 fn block_len(inner: usize, values: usize) -> usize {
     let blocks = inner.div_ceil(BLOCK_STEPS * values).max(1);
-    inner.div_ceil(blocks).next_multiple_of(8 * values)
+    inner.div_ceil(blocks).max(1).next_multiple_of(8 * values)
 }
 
-/// Rows and columns of a task: large, but enough tasks that no thread waits long for another's last.
-fn tasks(rows: usize, (cols, most_cols): (usize, usize), threads: usize) -> (usize, usize) {
-    let even = |len: usize, parts: usize, grain: usize| len.div_ceil(parts).next_multiple_of(grain);
-    let across = cols.div_ceil(most_cols);
-    let down = rows.div_ceil(TASK_ROWS);
+/// Columns of a piece of packed `B`: whole panels, and enough pieces that all threads have some to pack.
+fn piece_cols(Extent { cols, inner, .. }: Extent, threads: usize) -> usize {
+    let panels = cols.div_ceil(TILE_COLS);
+    let wanted = (2 * threads).div_ceil(inner.div_ceil(BLOCK_STEPS).max(1));
+    (panels / wanted).clamp(2, PIECE_PANELS) * TILE_COLS
+}
+
+/// Into how many parts rows and columns are cut: `panels` of twelve rows, `pieces` of columns. Many small tasks cost
+/// nothing, because the packed `B` is everybody's; as many for each thread, because of nine tasks on two threads
+/// one thread would wait for the ninth. Columns are cut where there are too few rows: each part packs its rows again.
+fn tasks(panels: usize, pieces: usize, threads: usize) -> (usize, usize) {
     if threads == 1 {
-        return (even(rows, down, TILE_ROWS), even(cols, across, TILE_COLS));
+        return (panels.div_ceil(TASK_PANELS), 1);
     }
-    let wanted = 2 * threads;
-    let most_down = rows.div_ceil(BLOCK_ROWS);
-    let mut down = down.max(wanted.div_ceil(across)).min(most_down).max(1);
-    let across = across.max(wanted.div_ceil(down)).min(cols.div_ceil(4 * TILE_COLS)).max(across);
-    // As many for each thread: of nine tasks on two threads, one thread would wait for the ninth.
-    if let Some(even) = (down..=most_down.min(2 * down)).find(|down| (down * across).is_multiple_of(threads))
-    {
-        down = even;
-    }
-    (even(rows, down, TILE_ROWS), even(cols, across, TILE_COLS))
+    let wanted = panels.div_ceil(TASK_PANELS).max(4 * threads).next_multiple_of(threads);
+    let down = wanted.min(panels.div_ceil(2));
+    let across = if down == wanted { 1 } else { wanted.div_ceil(down).next_multiple_of(threads) };
+    (down, across.min(pieces))
 }
 
-/// One thread's packed blocks.
-#[derive(Default)]
-struct Packs {
-    a: PackedA,
-    b: PackedB,
+/// Part `index` of `parts` of `len` things.
+fn part(len: usize, parts: usize, index: usize) -> std::ops::Range<usize> {
+    len * index / parts..len * (index + 1) / parts
 }
 
 thread_local! {
-    /// Grow to the largest block that this thread has packed.
-    static PACKS: RefCell<Packs> = RefCell::default();
+    /// Of the thread that asks for a product; grows to the most that it has packed.
+    static RIGHT: RefCell<Vec<PackedB>> = RefCell::default();
+    /// Of each thread that works on one.
+    static LEFT: RefCell<PackedA> = RefCell::default();
 }
 
-/// One task of a product.
-struct Part<'a> {
-    /// First row and number of rows.
-    rows: (usize, usize),
-    /// First column and number of columns.
-    cols: (usize, usize),
-    inner: usize,
-    /// Values of it that are packed at a time.
+/// A product, and how it is cut.
+struct Product<'a> {
+    extent: Extent,
+    /// Values of the inner dimension that are packed at a time.
     block: usize,
+    /// Columns of a piece of packed `B`.
+    pieces: usize,
     a: View<'a>,
     b: View<'a>,
-    /// The whole result and its stride; this task alone touches its rows and columns.
+    /// The whole result and its stride; a task alone touches its rows and columns.
     out: (*mut f32, usize),
     add: bool,
 }
 
-struct Call<'a, M>(Part<'a>, &'a mut Packs, std::marker::PhantomData<M>);
+impl Product<'_> {
+    /// `run` does a number of tasks on some threads and returns when all are done.
+    fn run<M: Multiply>(
+        &self,
+        cpu: Cpu,
+        threads: usize,
+        right: &mut Vec<PackedB>,
+        run: impl Fn(usize, &(dyn Fn(usize) + Sync)),
+    ) {
+        let Extent { rows, cols, inner } = self.extent;
+        let (across, panels) = (cols.div_ceil(self.pieces), rows.div_ceil(TILE_ROWS));
+        // An empty inner dimension still replaces what is there.
+        let blocks = inner.div_ceil(self.block).max(1);
+        let words = cols.next_multiple_of(TILE_COLS) * self.block.div_ceil(M::VALUES);
+        let at_once = (SHARED_WORDS / words).clamp(1, blocks);
+        if right.len() < at_once * across {
+            right.resize_with(at_once * across, PackedB::default);
+        }
+        let (down, sideways) = tasks(panels, across, threads);
+        for first in (0..blocks).step_by(at_once) {
+            let count = at_once.min(blocks - first);
+            let right = &mut right[..count * across];
+            let pieces = Disjoint::new(&mut *right);
+            run(count * across, &|index| {
+                // SAFETY: every piece is packed by one task.
+                let piece = unsafe { &mut pieces.part(index..index + 1)[0] };
+                lanes::dispatch(
+                    cpu,
+                    Pack::<M>(self, first + index / across, index % across, piece, PhantomData),
+                );
+            });
+            run(down * sideways, &|task| {
+                let part = Part {
+                    first,
+                    right: &*right,
+                    across,
+                    panels: part(panels, down, task / sideways),
+                    pieces: part(across, sideways, task % sideways),
+                };
+                LEFT.with_borrow_mut(|left| {
+                    lanes::dispatch(cpu, Call::<M>(self, part, left, PhantomData));
+                });
+            });
+        }
+    }
+
+    /// Block `index` of the inner dimension.
+    fn steps(&self, index: usize) -> Steps {
+        let from = index * self.block;
+        Steps { from, len: self.block.min(self.extent.inner - from) }
+    }
+
+    /// First and number of columns of piece `index`.
+    fn cols(&self, index: usize) -> (usize, usize) {
+        let from = index * self.pieces;
+        (from, self.pieces.min(self.extent.cols - from))
+    }
+}
+
+// SAFETY: the pointer stands for parts of a `Disjoint`.
+unsafe impl Sync for Product<'_> {}
+
+/// Packs one piece of one block of `B`.
+struct Pack<'a, M>(&'a Product<'a>, usize, usize, &'a mut PackedB, PhantomData<M>);
+
+impl<M: Multiply> lanes::Kernel for Pack<'_, M> {
+    type Output = ();
+
+    #[inline(always)]
+    fn call<L: Lanes>(self, l: L) {
+        let Pack(product, block, piece, packed, _) = self;
+        packed.pack::<L, M>(l, product.b, product.steps(block), product.cols(piece));
+    }
+}
+
+/// Some rows and columns of a product, over the blocks of the inner dimension that are packed.
+struct Part<'a> {
+    /// The first of these blocks.
+    first: usize,
+    /// Their pieces, `across` a block.
+    right: &'a [PackedB],
+    across: usize,
+    panels: std::ops::Range<usize>,
+    pieces: std::ops::Range<usize>,
+}
+
+struct Call<'a, M>(&'a Product<'a>, Part<'a>, &'a mut PackedA, PhantomData<M>);
 
 impl<M: Multiply> lanes::Kernel for Call<'_, M> {
     type Output = ();
 
     #[inline(always)]
     fn call<L: Lanes>(self, l: L) {
-        let Call(part, packs, _) = self;
-        let (row, rows) = part.rows;
-        let (col, cols) = part.cols;
-        let block = part.block;
-        let mut from = 0;
-        // An empty inner dimension still replaces what is there.
-        loop {
-            let steps = Steps { from, len: block.min(part.inner - from) };
-            packs.b.pack::<L, M>(l, part.b, steps, (col, cols));
-            for first in (0..rows).step_by(BLOCK_ROWS) {
-                let count = BLOCK_ROWS.min(rows - first);
-                packs.a.pack::<L, M>(l, part.a, (row + first, count), steps);
-                // SAFETY: the caller checked that the task's rows and columns are inside `out`, and no other
-                // task has them.
+        let Call(product, part, left, _) = self;
+        let rows = part.panels.start * TILE_ROWS..(part.panels.end * TILE_ROWS).min(product.extent.rows);
+        for (index, right) in part.right.chunks_exact(part.across).enumerate() {
+            let block = part.first + index;
+            left.pack::<L, M>(l, product.a, (rows.start, rows.len()), product.steps(block));
+            for piece in part.pieces.clone() {
+                let (col, cols) = product.cols(piece);
+                // SAFETY: rows and columns are inside `out`, whose extent was checked, and no other task has them.
                 unsafe {
-                    let out = part.out.0.add((row + first) * part.out.1 + col);
-                    let add = part.add || from > 0;
-                    kernel::multiply::<L, M>(
-                        l,
-                        &packs.a,
-                        &packs.b,
-                        |_| Reach::all(&packs.a, cols),
-                        (out, part.out.1),
-                        add,
-                    );
+                    let out = product.out.0.add(rows.start * product.out.1 + col);
+                    let reach = |_| Reach::all(left, cols);
+                    let add = product.add || block > 0;
+                    multiply::<L, M>(l, left, &right[piece], reach, (out, product.out.1), add);
                 }
-            }
-            from += block;
-            if from >= part.inner {
-                return;
             }
         }
     }
 }
-
-// SAFETY: the pointer stands for this task's part of a `Disjoint`.
-unsafe impl Send for Part<'_> {}
-// SAFETY: as above.
-unsafe impl Sync for Part<'_> {}
 
 #[cfg(test)]
 mod tests;

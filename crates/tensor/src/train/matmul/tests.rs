@@ -113,15 +113,35 @@ fn memory_that_is_too_short_is_refused() {
 }
 
 #[test]
-fn threads_get_as_many_tasks_each_where_the_shape_allows() {
-    for threads in [2, 3, 8] {
-        for (rows, cols) in [(2048, 1152), (2048, 384), (384, 1024), (1152, 384), (1024, 576), (4096, 384)] {
-            let (task_rows, task_cols) = tasks(rows, (cols, 384), threads);
-            let count = rows.div_ceil(task_rows) * cols.div_ceil(task_cols);
-            assert!(count >= threads, "{rows}×{cols}: {count} tasks of {task_rows}×{task_cols}");
-            // Rounding to whole tiles may take one away.
-            let most = count.div_ceil(threads) as f64 * threads as f64 / count as f64;
-            assert!(most < 1.25, "{rows}×{cols} on {threads}: {count} tasks of {task_rows}×{task_cols}");
+fn every_panel_and_piece_has_one_task_and_threads_get_as_many_each() {
+    for threads in [1, 2, 3, 8] {
+        for (panels, pieces) in [(171, 12), (96, 4), (32, 2), (29, 3), (5, 40), (1, 7), (1, 1)] {
+            let (down, across) = tasks(panels, pieces, threads);
+            let mut seen = vec![0; panels * pieces];
+            for (row, col) in (0..down).flat_map(|row| (0..across).map(move |col| (row, col))) {
+                let (rows, cols) = (part(panels, down, row), part(pieces, across, col));
+                assert!((1..=TASK_PANELS).contains(&rows.len()) && !cols.is_empty());
+                rows.for_each(|row| cols.clone().for_each(|col| seen[row * pieces + col] += 1));
+            }
+            assert!(seen.iter().all(|&tasks| tasks == 1), "{panels} × {pieces} on {threads}: {seen:?}");
+            let even = (down * across).is_multiple_of(threads) || panels * pieces < 16 * threads;
+            assert!(even, "{panels} × {pieces} on {threads}: {down} × {across} tasks");
         }
+    }
+}
+
+#[test]
+fn a_right_side_of_more_than_is_packed_at_a_time_gives_the_same_bits() {
+    let extent = Extent { rows: 14, cols: 200, inner: 12_000 };
+    let (a, b) = (uniform(1, extent.rows * extent.inner), uniform(2, extent.inner * extent.cols));
+    assert!(extent.inner * extent.cols > SHARED_WORDS);
+    let (a, b) = (View::new(&a, extent.inner), View::new(&b, extent.cols));
+    let mut want = vec![0.0; extent.rows * extent.cols];
+    reference(extent, a, b, &mut want, false);
+    for threads in [1, 3] {
+        let mut out = vec![0.0; want.len()];
+        let pool = Pool::new(threads, crate::Cpu::detect());
+        matmul(&pool, Precision::F32, extent, a, b, (&mut out, extent.cols), Store::Replace);
+        assert!(bits(&out) == bits(&want), "{threads} threads");
     }
 }
