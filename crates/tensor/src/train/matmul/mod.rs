@@ -42,8 +42,8 @@ pub(crate) const TILE_ROWS: usize = 12;
 pub(crate) const TILE_COLS: usize = 32;
 /// Words of the inner dimension that are packed at a time, at most: a word is one `f32` or a pair of bf16.
 pub(crate) const BLOCK_STEPS: usize = 384;
-/// Words of `B` that are packed at a time, at most: 8 MiB, which a shared cache holds.
-const SHARED_WORDS: usize = 2 << 20;
+/// Words of `B` that are packed at a time, at most: 12 MiB, which a shared cache holds.
+const SHARED_WORDS: usize = 3 << 20;
 /// Columns of a piece of packed `B`, at most: 384 KiB, of a second-level cache of 1 MiB.
 const PIECE_PANELS: usize = 8;
 /// Rows of a task, at most: as many of `A` are packed at a time.
@@ -232,7 +232,7 @@ impl Product<'_> {
         // An empty inner dimension still replaces what is there.
         let blocks = inner.div_ceil(self.block).max(1);
         let words = cols.next_multiple_of(TILE_COLS) * self.block.div_ceil(M::VALUES);
-        let at_once = (SHARED_WORDS / words).clamp(1, blocks);
+        let at_once = blocks.div_ceil(blocks.div_ceil((SHARED_WORDS / words).max(1)));
         if right.len() < at_once * across {
             right.resize_with(at_once * across, PackedB::default);
         }
