@@ -26,6 +26,8 @@ mod backward;
 mod forward;
 
 use crate::Pool;
+use crate::lanes::Lanes;
+use crate::train::matmul::{Left, Multiply, PackedA, Steps, View};
 
 pub use backward::{Saved, attention_backward};
 pub use forward::attention;
@@ -34,8 +36,9 @@ pub use forward::attention;
 const KEYS: usize = 256;
 /// Rows of a tile of scores.
 const ROWS: usize = 96;
-/// Values from one row of scores to the next: not a power of two, so that rows don't share a set of the cache.
-const STRIDE: usize = KEYS + 16;
+/// Values from one row of scores to the next: as rows of the left side of a product lie, so that in `f32` scores are
+/// multiplied where they are.
+const STRIDE: usize = PackedA::ROW;
 /// Widest head: its dimensions are packed as one block.
 const MAX_HEAD_DIM: usize = 256;
 
@@ -115,6 +118,36 @@ fn run_longest_first<T: Sync>(
             run(&tasks[task]);
         }
     });
+}
+
+/// `rows` rows of `cols` values of a tile as the left side of a product: where they are, or rounded into `packed`.
+#[inline(always)]
+fn left<'a, L: Lanes, M: Multiply>(
+    l: L,
+    tile: &'a [f32],
+    (rows, cols): (usize, usize),
+    packed: &'a mut PackedA,
+) -> Left<'a> {
+    if M::VALUES == 1 {
+        return Left::rows(tile, rows, cols);
+    }
+    packed.pack::<L, M>(l, View::new(tile, STRIDE), (0, rows), Steps { from: 0, len: cols });
+    packed.left()
+}
+
+/// The same turned: `cols` rows of `rows` values.
+#[inline(always)]
+fn left_turned<'a, L: Lanes, M: Multiply>(
+    l: L,
+    tile: &'a [f32],
+    (rows, cols): (usize, usize),
+    packed: &'a mut PackedA,
+) -> Left<'a> {
+    if M::VALUES == 1 {
+        return Left::turned(tile, cols, rows);
+    }
+    packed.pack::<L, M>(l, View::new(tile, STRIDE).turned(), (0, cols), Steps { from: 0, len: rows });
+    packed.left()
 }
 
 #[cfg(test)]

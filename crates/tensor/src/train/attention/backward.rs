@@ -6,12 +6,12 @@
 use std::cell::RefCell;
 use std::marker::PhantomData;
 
-use super::{Heads, KEYS, ROWS, STRIDE, run_longest_first, sequence};
+use super::{Heads, KEYS, ROWS, STRIDE, left, left_turned, run_longest_first, sequence};
 use crate::Pool;
 use crate::lanes::{self, Kernel, LANES, Lanes};
 use crate::pool::Disjoint;
 use crate::train::matmul::{
-    Bf16, F32, Multiply, PackedA, PackedB, Precision, Reach, Steps, TILE_ROWS, View, multiply,
+    Bf16, F32, Left, Multiply, PackedA, PackedB, Precision, Reach, Steps, TILE_ROWS, View, multiply,
 };
 
 /// What forward read and wrote.
@@ -82,7 +82,7 @@ struct Scratch {
     keys: PackedB,
     /// Queries, or gradients of outputs, of a tile's rows.
     right: PackedB,
-    left: PackedA,
+    packed: PackedA,
     /// A tile of probabilities, and of their gradients.
     p: Vec<f32>,
     d: Vec<f32>,
@@ -114,7 +114,7 @@ impl<M: Multiply> Kernel for Call<'_, M> {
         let Backward { heads, rows, saved: Saved { qkv, out, lse }, dout, dqkv, task, scratch } = self.0;
         let &Task { first, len, kv_head } = task;
         let (dim, stride, width, group) = (heads.head_dim, heads.qkv_width(), heads.width(), heads.group());
-        let Scratch { keys_turned, values_turned, keys, right, left, p, d, dots } = scratch;
+        let Scratch { keys_turned, values_turned, keys, right, packed, p, d, dots } = scratch;
         p.resize(ROWS * STRIDE, 0.0);
         d.resize(ROWS * STRIDE, 0.0);
         dots.clear();
@@ -157,8 +157,8 @@ impl<M: Multiply> Kernel for Call<'_, M> {
                         let last = row + tile_rows.min(panel + TILE_ROWS);
                         last.saturating_sub(key).min(seen)
                     };
-                    let scores = |a: &PackedA, panel| Reach { cols: sees(panel), ..Reach::all(a, 0) };
-                    let queries_of = |a: &PackedA, panel: usize| {
+                    let scores = |a: Left<'_>, panel| Reach { cols: sees(panel), ..Reach::all(a, 0) };
+                    let queries_of = |a: Left<'_>, panel: usize| {
                         let first = (key + panel).saturating_sub(row).min(tile_rows) / M::VALUES;
                         Reach { cols: dim, steps: first..Reach::all(a, 0).steps.end }
                     };
@@ -167,24 +167,14 @@ impl<M: Multiply> Kernel for Call<'_, M> {
                     let dout = View::new(&dout[(first + row) * width + query_head * dim..], width);
                     // SAFETY: the tiles have ROWS rows of STRIDE values.
                     unsafe {
-                        left.pack::<L, M>(l, queries, (0, tile_rows), dims);
-                        multiply::<L, M>(
-                            l,
-                            left,
-                            keys_turned,
-                            |i| scores(left, i),
-                            (p.as_mut_ptr(), STRIDE),
-                            false,
-                        );
-                        left.pack::<L, M>(l, dout, (0, tile_rows), dims);
-                        multiply::<L, M>(
-                            l,
-                            left,
-                            values_turned,
-                            |i| scores(left, i),
-                            (d.as_mut_ptr(), STRIDE),
-                            false,
-                        );
+                        packed.pack::<L, M>(l, queries, (0, tile_rows), dims);
+                        let left = packed.left();
+                        let out = (p.as_mut_ptr(), STRIDE);
+                        multiply::<L, M>(l, left, keys_turned, |i| scores(left, i), out, false);
+                        packed.pack::<L, M>(l, dout, (0, tile_rows), dims);
+                        let left = packed.left();
+                        let out = (d.as_mut_ptr(), STRIDE);
+                        multiply::<L, M>(l, left, values_turned, |i| scores(left, i), out, false);
                     }
                     for index in 0..tile_rows {
                         let sees = (row + index + 1).saturating_sub(key).min(seen);
@@ -194,18 +184,18 @@ impl<M: Multiply> Kernel for Call<'_, M> {
                         let d = &mut d[index * STRIDE..][..STRIDE];
                         probabilities(l, p, d, (sees, seen), (heads.scale, lse, dot));
                     }
-                    let (p, d) = (View::new(p, STRIDE), View::new(d, STRIDE));
+                    let tile = (tile_rows, seen);
                     // SAFETY: `gradient` is inside `dqkv`, in rows and columns that this task alone has.
                     unsafe {
                         right.pack::<L, M>(l, dout, tile_steps, (0, dim));
-                        left.pack::<L, M>(l, p.turned(), (0, seen), tile_steps);
+                        let turned = left_turned::<L, M>(l, p, tile, packed);
                         let out = gradient(key, heads.value(kv_head));
-                        multiply::<L, M>(l, left, right, |i| queries_of(left, i), out, true);
+                        multiply::<L, M>(l, turned, right, |i| queries_of(turned, i), out, true);
                         right.pack::<L, M>(l, queries, tile_steps, (0, dim));
-                        left.pack::<L, M>(l, d.turned(), (0, seen), tile_steps);
+                        let turned = left_turned::<L, M>(l, d, tile, packed);
                         let out = gradient(key, heads.key(kv_head));
-                        multiply::<L, M>(l, left, right, |i| queries_of(left, i), out, true);
-                        left.pack::<L, M>(l, d, (0, tile_rows), Steps { from: 0, len: seen });
+                        multiply::<L, M>(l, turned, right, |i| queries_of(turned, i), out, true);
+                        let left = left::<L, M>(l, d, tile, packed);
                         let reach = |panel| Reach { cols: dim, steps: 0..sees(panel).div_ceil(M::VALUES) };
                         multiply::<L, M>(l, left, keys, reach, gradient(row, query_head * dim), true);
                     }

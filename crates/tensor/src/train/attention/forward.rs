@@ -3,7 +3,7 @@
 use std::cell::RefCell;
 use std::marker::PhantomData;
 
-use super::{Heads, KEYS, ROWS, STRIDE, run_longest_first, sequence};
+use super::{Heads, KEYS, ROWS, STRIDE, left, run_longest_first, sequence};
 use crate::Pool;
 use crate::lanes::{self, Kernel, LANES, Lanes};
 use crate::pool::Disjoint;
@@ -68,7 +68,7 @@ struct Task {
 struct Scratch {
     keys: PackedB,
     values: PackedB,
-    left: PackedA,
+    packed: PackedA,
     /// A tile of scores, then of probabilities.
     scores: Vec<f32>,
     /// Maximum and denominator so far, of each head of the group and row of the task.
@@ -100,7 +100,7 @@ impl<M: Multiply> Kernel for Call<'_, M> {
         let Attend { heads, rows, qkv, out, lse, task, scratch } = self.0;
         let &Task { first, begin, end, kv_head } = task;
         let (dim, stride, group) = (heads.head_dim, heads.qkv_width(), heads.group());
-        let Scratch { keys, values, left, scores, maxima, sums } = scratch;
+        let Scratch { keys, values, packed, scores, maxima, sums } = scratch;
         let count = end - begin;
         scores.resize(ROWS * STRIDE, 0.0);
         maxima.clear();
@@ -127,11 +127,12 @@ impl<M: Multiply> Kernel for Call<'_, M> {
                         last.saturating_sub(key).min(seen)
                     };
                     let queries = View::new(&qkv[(first + row) * stride + query_head * dim..], stride);
-                    left.pack::<L, M>(l, queries, (0, tile_rows), dims);
+                    packed.pack::<L, M>(l, queries, (0, tile_rows), dims);
+                    let queries = packed.left();
                     // SAFETY: the tile has ROWS rows of STRIDE values.
                     unsafe {
-                        let reach = |panel| Reach { cols: sees(panel), ..Reach::all(left, 0) };
-                        multiply::<L, M>(l, left, keys, reach, (scores.as_mut_ptr(), STRIDE), false);
+                        let reach = |panel| Reach { cols: sees(panel), ..Reach::all(queries, 0) };
+                        multiply::<L, M>(l, queries, keys, reach, (scores.as_mut_ptr(), STRIDE), false);
                     }
                     for index in 0..tile_rows {
                         let at = head * count + row - begin + index;
@@ -145,8 +146,7 @@ impl<M: Multiply> Kernel for Call<'_, M> {
                         let state = (&mut maxima[at], &mut sums[at]);
                         softmax(l, scores, (sees, seen), heads.scale, state, out, key == 0);
                     }
-                    let tile = View::new(scores, STRIDE);
-                    left.pack::<L, M>(l, tile, (0, tile_rows), Steps { from: 0, len: seen });
+                    let left = left::<L, M>(l, scores, (tile_rows, seen), packed);
                     // SAFETY: this task alone has these rows of this head, and they are inside `out`.
                     unsafe {
                         let out = out.at((first + row) * heads.width() + query_head * dim).cast_mut();

@@ -6,7 +6,7 @@
 
 use std::ops::Range;
 
-use super::pack::{PackedA, PackedB};
+use super::pack::{Layout, Left, PackedA, PackedB};
 use super::{TILE_COLS, TILE_ROWS};
 use crate::lanes::{LANES, Lanes, prefetch_write};
 
@@ -86,7 +86,7 @@ pub(crate) struct Reach {
 impl Reach {
     /// `cols` columns over all that is packed of the left side.
     #[inline(always)]
-    pub(crate) fn all(a: &PackedA, cols: usize) -> Reach {
+    pub(crate) fn all(a: Left<'_>, cols: usize) -> Reach {
         Reach { cols, steps: 0..a.steps }
     }
 }
@@ -99,7 +99,7 @@ impl Reach {
 #[inline(always)]
 pub(crate) unsafe fn multiply<L: Lanes, M: Multiply>(
     l: L,
-    a: &PackedA,
+    a: Left<'_>,
     b: &PackedB,
     reach: impl Fn(usize) -> Reach,
     (out, stride): (*mut f32, usize),
@@ -112,8 +112,7 @@ pub(crate) unsafe fn multiply<L: Lanes, M: Multiply>(
             steps.end <= a.steps.min(b.steps) && steps.start <= steps.end && cols <= b.cols,
             "a panel reaches past what is packed"
         );
-        let step = if a.by_rows { 1 } else { TILE_ROWS };
-        let left = a.panel(row / TILE_ROWS).wrapping_add(steps.start * step);
+        let left = a.panel(row / TILE_ROWS, &steps);
         for col in (0..cols).step_by(TILE_COLS) {
             let cols = TILE_COLS.min(cols - col);
             let right = b.panel(col / TILE_COLS).wrapping_add(steps.start * TILE_COLS);
@@ -124,7 +123,7 @@ pub(crate) unsafe fn multiply<L: Lanes, M: Multiply>(
                 prefetch_write(next);
                 prefetch_write(next.wrapping_add(LANES));
             }
-            let call = Call { by_rows: a.by_rows, steps: steps.len(), left, right };
+            let call = Call { layout: a.layout, steps: steps.len(), left, right };
             // SAFETY: panels hold these steps; the tile's rows and columns are inside `out` by the caller's promise.
             unsafe {
                 if rows == TILE_ROWS && cols == TILE_COLS {
@@ -151,8 +150,7 @@ pub(crate) unsafe fn multiply<L: Lanes, M: Multiply>(
 /// Where a tile's words are.
 #[derive(Clone, Copy)]
 struct Call {
-    /// Rows of the left panel lie one after the other.
-    by_rows: bool,
+    layout: Layout,
     steps: usize,
     left: *const u32,
     right: *const u32,
@@ -166,25 +164,30 @@ struct Call {
 unsafe fn whole<L: Lanes, M: Multiply>(l: L, call: Call, (out, stride): (*mut f32, usize), add: bool) {
     const HALF: usize = TILE_ROWS / 2;
     const ROW: usize = PackedA::ROW;
-    let Call { by_rows, steps, left, right } = call;
+    let Call { layout, steps, left, right } = call;
     // SAFETY: the caller's promise; pieces are inside the tile, and rows of a panel lie as its layout says.
     unsafe {
-        match (by_rows, L::WIDE) {
-            (true, true) => tile::<L, M, TILE_ROWS, 2, ROW, 1>(l, steps, left, right, out, stride, add),
-            (false, true) => {
-                tile::<L, M, TILE_ROWS, 2, 1, TILE_ROWS>(l, steps, left, right, out, stride, add)
-            }
-            (by_rows, false) => {
-                for piece in 0..4 {
-                    let (row, col) = (piece / 2 * HALF, piece % 2 * LANES);
-                    let (right, out) = (right.add(col), out.add(row * stride + col));
-                    if by_rows {
-                        let left = left.add(row * ROW);
-                        tile::<L, M, HALF, 1, ROW, 1>(l, steps, left, right, out, stride, add);
-                    } else {
-                        let left = left.add(row);
-                        tile::<L, M, HALF, 1, 1, TILE_ROWS>(l, steps, left, right, out, stride, add);
-                    }
+        if L::WIDE {
+            return match layout {
+                Layout::Rows => tile::<L, M, TILE_ROWS, 2, ROW, 1>(l, steps, left, right, out, stride, add),
+                Layout::Steps => {
+                    tile::<L, M, TILE_ROWS, 2, 1, TILE_ROWS>(l, steps, left, right, out, stride, add)
+                }
+                Layout::Turned => tile::<L, M, TILE_ROWS, 2, 1, ROW>(l, steps, left, right, out, stride, add),
+            };
+        }
+        for piece in 0..4 {
+            let (row, col) = (piece / 2 * HALF, piece % 2 * LANES);
+            let (right, out) = (right.add(col), out.add(row * stride + col));
+            match layout {
+                Layout::Rows => {
+                    tile::<L, M, HALF, 1, ROW, 1>(l, steps, left.add(row * ROW), right, out, stride, add);
+                }
+                Layout::Steps => {
+                    tile::<L, M, HALF, 1, 1, TILE_ROWS>(l, steps, left.add(row), right, out, stride, add);
+                }
+                Layout::Turned => {
+                    tile::<L, M, HALF, 1, 1, ROW>(l, steps, left.add(row), right, out, stride, add);
                 }
             }
         }

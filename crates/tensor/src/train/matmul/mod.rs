@@ -34,7 +34,7 @@ use crate::pool::Disjoint;
 use crate::{Cpu, Pool};
 
 pub(crate) use kernel::{Bf16, F32, Multiply, Reach, multiply};
-pub(crate) use pack::{PackedA, PackedB, Steps};
+pub(crate) use pack::{Left, PackedA, PackedB, Steps};
 
 /// Rows of a register tile.
 pub(crate) const TILE_ROWS: usize = 12;
@@ -321,8 +321,8 @@ impl<M: Multiply> lanes::Kernel for Call<'_, M> {
                 // SAFETY: rows and columns are inside `out`, whose extent was checked, and no other task has them.
                 unsafe {
                     let out = product.out.0.add(rows.start * product.out.1 + col);
+                    let (left, add) = (left.left(), product.add || block > 0);
                     let reach = |_| Reach::all(left, cols);
-                    let add = product.add || block > 0;
                     multiply::<L, M>(l, left, &right[piece], reach, (out, product.out.1), add);
                 }
             }

@@ -6,6 +6,8 @@
 //!
 //! Rows and columns past the matrix are 0 in the panel; steps past it are 0 in the last pair.
 
+use std::ops::Range;
+
 use super::kernel::Multiply;
 use super::{BLOCK_STEPS, TILE_COLS, TILE_ROWS, View};
 use crate::buffer::Buffer;
@@ -25,10 +27,64 @@ pub(crate) struct Steps {
 #[derive(Default)]
 pub(crate) struct PackedA {
     words: Buffer<u32>,
+    rows: usize,
+    /// Words of the inner dimension.
+    steps: usize,
+    by_rows: bool,
+}
+
+/// Rows of the left side as the kernel reads them.
+#[derive(Clone, Copy)]
+pub(crate) struct Left<'a> {
+    words: &'a [u32],
     pub(super) rows: usize,
     /// Words of the inner dimension.
     pub(super) steps: usize,
-    pub(super) by_rows: bool,
+    pub(super) layout: Layout,
+}
+
+/// Where the words of the left side are.
+#[derive(Clone, Copy, PartialEq)]
+pub(super) enum Layout {
+    /// Rows one after the other, [`PackedA::ROW`] words apart.
+    Rows,
+    /// A panel's twelve rows, step by step.
+    Steps,
+    /// All rows step by step, [`PackedA::ROW`] words from one to the next.
+    Turned,
+}
+
+impl<'a> Left<'a> {
+    /// `rows` rows of a tile of `f32` whose rows lie [`PackedA::ROW`] apart: what packing would copy.
+    pub(crate) fn rows(tile: &'a [f32], rows: usize, steps: usize) -> Left<'a> {
+        Left { words: words(tile), rows, steps, layout: Layout::Rows }
+    }
+
+    /// The same tile turned: its columns are rows, its rows are steps.
+    pub(crate) fn turned(tile: &'a [f32], rows: usize, steps: usize) -> Left<'a> {
+        Left { words: words(tile), rows, steps, layout: Layout::Turned }
+    }
+
+    /// The words of panel `index` from step `step` on.
+    ///
+    /// # Panics
+    /// If the panel's words up to step `end` are not there.
+    pub(super) fn panel(&self, index: usize, steps: &Range<usize>) -> *const u32 {
+        let (panel, step, row) = match self.layout {
+            Layout::Rows => (TILE_ROWS * PackedA::ROW, 1, PackedA::ROW),
+            Layout::Steps => (TILE_ROWS * PackedA::ROW, TILE_ROWS, 1),
+            Layout::Turned => (TILE_ROWS, PackedA::ROW, 1),
+        };
+        let last = steps.end.saturating_sub(1) * step + (TILE_ROWS - 1) * row;
+        let panel = &self.words[index * panel..];
+        assert!(last < panel.len(), "a panel reaches past its words");
+        panel.as_ptr().wrapping_add(steps.start * step)
+    }
+}
+
+fn words(values: &[f32]) -> &[u32] {
+    // SAFETY: any bits of an f32 are a u32 of the same size and alignment.
+    unsafe { std::slice::from_raw_parts(values.as_ptr().cast(), values.len()) }
 }
 
 /// Packed columns of the right side.
@@ -61,10 +117,12 @@ fn word<M: Multiply>(at: impl Fn(usize) -> f32, step: usize, end: usize) -> u32 
 impl PackedA {
     /// Words from one row of a panel to the next, where they lie one after the other. Not a power of two, so that the
     /// rows don't all fall into the same set of the cache.
-    pub(super) const ROW: usize = BLOCK_STEPS + LANES;
+    pub(crate) const ROW: usize = BLOCK_STEPS + LANES;
 
-    pub(super) fn panel(&self, index: usize) -> *const u32 {
-        self.words[index * TILE_ROWS * PackedA::ROW..][..TILE_ROWS * PackedA::ROW].as_ptr()
+    /// What was packed last.
+    pub(crate) fn left(&self) -> Left<'_> {
+        let layout = if self.by_rows { Layout::Rows } else { Layout::Steps };
+        Left { words: &self.words, rows: self.rows, steps: self.steps, layout }
     }
 
     /// Packs `rows` (first and count) of `a`, whose extent the caller has checked.

@@ -132,7 +132,7 @@ fn every_panel_and_piece_has_one_task_and_threads_get_as_many_each() {
 
 #[test]
 fn a_right_side_of_more_than_is_packed_at_a_time_gives_the_same_bits() {
-    let extent = Extent { rows: 14, cols: 200, inner: 12_000 };
+    let extent = Extent { rows: 14, cols: 200, inner: 16_000 };
     let (a, b) = (uniform(1, extent.rows * extent.inner), uniform(2, extent.inner * extent.cols));
     assert!(extent.inner * extent.cols > SHARED_WORDS);
     let (a, b) = (View::new(&a, extent.inner), View::new(&b, extent.cols));
