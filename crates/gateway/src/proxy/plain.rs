@@ -21,7 +21,7 @@ use super::events::WholeEvents;
 use super::session::Session;
 use super::stream::{AHEAD, Receiver};
 use super::vigil::Vigil;
-use super::wire::Connection;
+use super::wire::{Connection, turn};
 use crate::error::Refusal;
 use crate::fleet::{Ticket, Went};
 use crate::json::Object;
@@ -92,6 +92,7 @@ impl Plain {
         let body = match usage {
             Read::Whole(_) => {
                 self.give_back();
+                turn().await;
                 PlainBody::Whole(first)
             }
             Read::Begun => PlainBody::Stream(first, self),

@@ -110,21 +110,21 @@ pub(super) fn compare(root: &Path, arguments: &PeersArguments) -> Result<()> {
     for round in 1..=arguments.pairs {
         note(&format!("round {round} of {}: requests a second", arguments.pairs));
         alone.bursts.push(wrk::burst(&cores, &script, upstream.plain, SECONDS)?);
+        let mut limits = Vec::new();
         for (proxy, side) in proxies.iter().zip(&mut sides) {
-            side.bursts.push(wrk::burst(&cores, &script, proxy.address, SECONDS)?);
+            let burst = wrk::burst(&cores, &script, proxy.address, SECONDS)?;
+            limits.push(burst.rate);
+            side.bursts.push(burst);
         }
-    }
-    let ours = sides.iter().find(|side| side.name == "consort").map_or(0.0, Side::rate);
-    for round in 1..=arguments.pairs {
         note(&format!("round {round} of {}: added time", arguments.pairs));
-        for (proxy, side) in proxies.iter().zip(&mut sides) {
+        // The limit is this round's: a machine that others share is faster in one minute than in the next, and a share of
+        // what it could do an hour ago may be more than it can do now.
+        let ours = proxies.iter().zip(&limits).find(|(proxy, _)| proxy.name == "consort");
+        let ours = ours.map_or(0.0, |(_, limit)| *limit);
+        for ((proxy, side), limit) in proxies.iter().zip(&mut sides).zip(limits) {
             // Ours to replicas and LiteLLM can't keep up with that rate: at seventy per cent of their own.
-            let rate = LOAD
-                * if side.name.starts_with("litellm") || side.name == "consort-replica" {
-                    side.rate()
-                } else {
-                    ours
-                };
+            let own = proxy.name.starts_with("litellm") || proxy.name == "consort-replica";
+            let rate = LOAD * if own { limit } else { ours };
             let through = open_loop::pinned(&cores, proxy.address, rate, SECONDS)?;
             let alone = open_loop::pinned(&cores, upstream.plain, rate, SECONDS)?;
             side.times.push((through, alone));
@@ -143,7 +143,7 @@ pub(super) fn compare(root: &Path, arguments: &PeersArguments) -> Result<()> {
         return Ok(());
     }
     let document = root.join("docs/peers-gateway.md");
-    fs::write(&document, page::page(arguments.pairs, &cores, &proxies, ours, &pauses, &table))?;
+    fs::write(&document, page::page(arguments.pairs, &cores, &proxies, &pauses, &table))?;
     println!("written to {}", document.display());
     Ok(())
 }

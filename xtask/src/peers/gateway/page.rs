@@ -51,7 +51,6 @@ pub(super) fn page(
     rounds: usize,
     cores: &Cores,
     proxies: &[Proxy],
-    ours: f64,
     pauses: &pauses::Pauses,
     table: &str,
 ) -> String {
@@ -68,8 +67,8 @@ pub(super) fn page(
         - *requests/s, p50 / p99 at the limit*: wrk, {wrk} keep-alive connections, a chat request of two short messages. \
         The upstream is an nginx with a fixed answer of {answer} bytes.\n\
         - *adds*: what a request takes through the proxy less what it takes at the upstream alone, in an open loop: {open} \
-        connections send at random times (a Poisson process) at {percent:.0} % of our own limit ({rate:.0} a second); for \
-        LiteLLM and for Consort before its own replicas at {percent:.0} % of theirs. A request counts from when it was due \
+        connections send at random times (a Poisson process) at {percent:.0} % of our own limit in that \
+        round; for LiteLLM and for Consort before its own replicas at {percent:.0} % of theirs. A request counts from when it was due \
         if no connection was free then.\n\
         - *at p99* is the 99th percentile of each {window} ms, and of those the median; *of everything* is that of a whole \
         round. They differ because this machine's cores stand still: with both busy and nothing else to do, each of them \
@@ -96,7 +95,6 @@ pub(super) fn page(
         rate_of_pauses = pauses.rate,
         share = pauses.share * 100.0,
         longest = pauses.longest.as_secs_f64() * 1e3,
-        rate = LOAD * ours,
     )
 }
 
