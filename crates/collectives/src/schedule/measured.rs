@@ -15,7 +15,7 @@ pub(super) const MEASURED: &[Row] = &[
     Row { operation: AllReduce, transport: SharedMemory, ranks: 2, up_to: &[(131072, OneShot), (8388608, HalvingDoubling), (MAX, Ring)] },
     Row { operation: AllReduce, transport: SharedMemory, ranks: 4, up_to: &[(32768, OneShot), (131072, Ring), (524288, HalvingDoubling), (8388608, Direct), (MAX, Hierarchical)] },
     Row { operation: AllReduce, transport: Tcp, ranks: 2, up_to: &[(524288, OneShot), (2097152, HalvingDoubling), (8388608, Tree), (MAX, Ring)] },
-    Row { operation: AllReduce, transport: Tcp, ranks: 4, up_to: &[(524288, Tree), (MAX, HalvingDoubling)] },
+    Row { operation: AllReduce, transport: Tcp, ranks: 4, up_to: &[(524288, Tree), (2097152, HalvingDoubling), (MAX, Direct)] },
     Row { operation: AllReduce, transport: Tls, ranks: 2, up_to: &[(512, OneShot), (32768, Tree), (524288, HalvingDoubling), (8388608, Ring), (MAX, Hierarchical)] },
     Row { operation: AllReduce, transport: Tls, ranks: 4, up_to: &[(524288, Tree), (2097152, HalvingDoubling), (MAX, Ring)] },
     Row { operation: AllReduce, transport: Mixed, ranks: 4, up_to: &[(2048, Tree), (8192, OneShot), (32768, Tree), (MAX, Hierarchical)] },
