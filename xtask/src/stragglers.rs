@@ -55,7 +55,7 @@ const WAYS: [Way; 5] = [
     Way {
         name: "… with backup workers",
         train: "sync = \"server\"",
-        servers: "mode = \"synchronous\"\nspeculate = \"60ms\"",
+        servers: "mode = \"synchronous\"\nspeculate = \"150ms\"",
     },
     Way {
         name: "server, bounded by 2",
@@ -87,7 +87,7 @@ fn job(way: &Way, out: &Path) -> String {
     };
     format!(
         "out = \"{}\"\n\
-         [model]\nlayers = 2\nhidden = 64\nheads = 2\nffn = 192\ncontext = 64\nvocabulary = 512\n\
+         [model]\nlayers = 4\nhidden = 96\nheads = 3\nffn = 256\ncontext = 64\nvocabulary = 512\n\
          [data]\nstories = \"8M\"\n\
          [train]\nsteps = 100000\nbatch = 32\nmicro_batch = 4\nsilence = \"10s\"\n{}\n\
          [schedule]\nlearning_rate = 3e-3\nwarmup = 0.0001\ndecay = \"constant\"\n\

@@ -47,7 +47,7 @@ pub(super) fn write(folder: &Path, rows: &[Row], seconds: f64) -> Result<()> {
         format!(
             "# One slow worker of four\n\n\
              Written by `cargo xtask stragglers`; edit that, not this.\n\n\
-             {WORKERS} workers of `consort train` train a small model (2 layers of 64, 8 micro-batches of 4 samples a step) for \
+             {WORKERS} workers of `consort train` train a small model (4 layers of 96, 8 micro-batches of 4 samples a step) for \
              {seconds:.0} s. Each is a process with {share:.0} % of a core, which the kernel keeps it to (a control group); in \
              the columns of the slow one, one of them has {slow:.1} %. Servers and launcher have what they need. The \
              parameter servers are two shards with a backup each, replication `sync`, and micro-batches are claimed one by \
@@ -61,7 +61,7 @@ pub(super) fn write(folder: &Path, rows: &[Row], seconds: f64) -> Result<()> {
              - **Server, synchronous.** The same weights, to the bit, as the ring's after as many steps. But micro-batches are \
              claimed one by one, so the fast workers take most of them, and wait only for the last one that the slow one \
              has.\n\
-             - **With backup workers.** A worker that has nothing left computes a micro-batch that has taken 60 ms elsewhere. \
+             - **With backup workers.** A worker that has nothing left computes a micro-batch that has taken 150 ms elsewhere. \
              Whoever pushes first counts; the bits are the same. That helps against a worker that is slow now and then. One \
              that is always slow comes out of a micro-batch that nobody needs any more in the middle of the next step, and \
              claims one there.\n\
