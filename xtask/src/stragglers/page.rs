@@ -123,14 +123,19 @@ fn plot(rows: &[Row], seconds: f64) -> String {
             }
         }
         let row = top + 16.0 + 18.0 * i as f64;
+        let mark = row - 4.0;
         let _ = write!(
             svg,
             "<polyline points=\"{}\" fill=\"none\" stroke=\"{colour}\" stroke-width=\"2\"/>\
-             <text x=\"{}\" y=\"{row}\" fill=\"{colour}\">{name}</text>",
+             <line x1=\"{}\" x2=\"{}\" y1=\"{mark}\" y2=\"{mark}\" stroke=\"{colour}\" stroke-width=\"2\"/>\
+             <text x=\"{}\" y=\"{row}\" fill=\"#374151\">{name}</text>",
             points.trim_end(),
-            width - right + 12.0
+            width - right + 12.0,
+            width - right + 30.0,
+            width - right + 36.0
         );
     }
+    let _ = write!(svg, "<text x=\"{}\" y=\"{}\" fill=\"#374151\">loss</text>", 8.0, top - 6.0);
     svg.push_str("</svg>\n");
     svg
 }
