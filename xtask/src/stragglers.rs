@@ -88,7 +88,7 @@ fn job(way: &Way, out: &Path) -> String {
     format!(
         "out = \"{}\"\n\
          [model]\nlayers = 4\nhidden = 96\nheads = 3\nffn = 256\ncontext = 64\nvocabulary = 512\n\
-         [data]\nstories = \"8M\"\n\
+         [data]\nstories = \"3M\"\n\
          [train]\nsteps = 100000\nbatch = 32\nmicro_batch = 4\nsilence = \"10s\"\n{}\n\
          [schedule]\nlearning_rate = 3e-3\nwarmup = 0.0001\ndecay = \"constant\"\n\
          [checkpoints]\nevery = 100000\n{servers}",
