@@ -97,6 +97,8 @@ pub(crate) fn connect(
     mac.copy_from_slice(&answer[4 + NONCE..]);
     // Comparing two hashes takes the same time wherever they differ.
     if key.mac(b"accept", purpose, [&mine, &theirs], &binding, &[]) != blake3::Hash::from_bytes(mac) {
+        // No proof at all, which tells nothing of the token: the other side knows then why this one goes.
+        let _ = stream.write_whole(&[0; STATEMENT + 32], deadline);
         return Err(stranger("its token is another one"));
     }
     let mut proof = [0; STATEMENT + 32];
