@@ -120,33 +120,22 @@ fn run_longest_first<T: Sync>(
     });
 }
 
-/// `rows` rows of `cols` values of a tile as the left side of a product: where they are, or rounded into `packed`.
+/// `rows` rows of `cols` values of a tile as the left side of a product, as they lie or turned: where they are, or rounded
+/// into `packed`.
 #[inline(always)]
 fn left<'a, L: Lanes, M: Multiply>(
     l: L,
     tile: &'a [f32],
     (rows, cols): (usize, usize),
+    turned: bool,
     packed: &'a mut PackedA,
 ) -> Left<'a> {
     if M::VALUES == 1 {
-        return Left::rows(tile, rows, cols);
+        return if turned { Left::turned(tile, cols, rows) } else { Left::rows(tile, rows, cols) };
     }
-    packed.pack::<L, M>(l, View::new(tile, STRIDE), (0, rows), Steps { from: 0, len: cols });
-    packed.left()
-}
-
-/// The same turned: `cols` rows of `rows` values.
-#[inline(always)]
-fn left_turned<'a, L: Lanes, M: Multiply>(
-    l: L,
-    tile: &'a [f32],
-    (rows, cols): (usize, usize),
-    packed: &'a mut PackedA,
-) -> Left<'a> {
-    if M::VALUES == 1 {
-        return Left::turned(tile, cols, rows);
-    }
-    packed.pack::<L, M>(l, View::new(tile, STRIDE).turned(), (0, cols), Steps { from: 0, len: rows });
+    let view = View::new(tile, STRIDE);
+    let (view, rows, cols) = if turned { (view.turned(), cols, rows) } else { (view, rows, cols) };
+    packed.pack::<L, M>(l, view, (0, rows), Steps { from: 0, len: cols });
     packed.left()
 }
 

@@ -6,7 +6,7 @@
 use std::cell::RefCell;
 use std::marker::PhantomData;
 
-use super::{Heads, KEYS, ROWS, STRIDE, left, left_turned, run_longest_first, sequence};
+use super::{Heads, KEYS, ROWS, STRIDE, left, run_longest_first, sequence};
 use crate::Pool;
 use crate::lanes::{self, Kernel, LANES, Lanes};
 use crate::pool::Disjoint;
@@ -188,14 +188,14 @@ impl<M: Multiply> Kernel for Call<'_, M> {
                     // SAFETY: `gradient` is inside `dqkv`, in rows and columns that this task alone has.
                     unsafe {
                         right.pack::<L, M>(l, dout, tile_steps, (0, dim));
-                        let turned = left_turned::<L, M>(l, p, tile, packed);
+                        let turned = left::<L, M>(l, p, tile, true, packed);
                         let out = gradient(key, heads.value(kv_head));
                         multiply::<L, M>(l, turned, right, |i| queries_of(turned, i), out, true);
                         right.pack::<L, M>(l, queries, tile_steps, (0, dim));
-                        let turned = left_turned::<L, M>(l, d, tile, packed);
+                        let turned = left::<L, M>(l, d, tile, true, packed);
                         let out = gradient(key, heads.key(kv_head));
                         multiply::<L, M>(l, turned, right, |i| queries_of(turned, i), out, true);
-                        let left = left::<L, M>(l, d, tile, packed);
+                        let left = left::<L, M>(l, d, tile, false, packed);
                         let reach = |panel| Reach { cols: dim, steps: 0..sees(panel).div_ceil(M::VALUES) };
                         multiply::<L, M>(l, left, keys, reach, gradient(row, query_head * dim), true);
                     }

@@ -146,7 +146,7 @@ impl<M: Multiply> Kernel for Call<'_, M> {
                         let state = (&mut maxima[at], &mut sums[at]);
                         softmax(l, scores, (sees, seen), heads.scale, state, out, key == 0);
                     }
-                    let left = left::<L, M>(l, scores, (tile_rows, seen), packed);
+                    let left = left::<L, M>(l, scores, (tile_rows, seen), false, packed);
                     // SAFETY: this task alone has these rows of this head, and they are inside `out`.
                     unsafe {
                         let out = out.at((first + row) * heads.width() + query_head * dim).cast_mut();
