@@ -5,6 +5,7 @@ use std::io;
 use bytes::{Buf as _, Bytes, BytesMut};
 
 use super::head::wrong;
+use super::looked_at;
 
 /// Bytes of a line with a chunk's size, extensions and all.
 const MOST_LINE: usize = 4 << 10;
@@ -24,15 +25,15 @@ pub(super) enum Framing {
     Done,
 }
 
-/// What comes next of a chunked body.
+/// What comes next of a chunked body. What ends with a line has the number of bytes that were searched for its end.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Chunk {
-    Size,
+    Size(usize),
     /// So many bytes, above 0.
     Data(u64),
     /// The line's end behind them.
     End,
-    Trailers,
+    Trailers(usize),
 }
 
 /// What was found.
@@ -47,7 +48,7 @@ pub(super) enum Step {
 
 impl Framing {
     pub(super) fn chunked() -> Framing {
-        Framing::Chunked(Chunk::Size)
+        Framing::Chunked(Chunk::Size(0))
     }
 
     /// Takes what is next off the buffer. Behind the last data it takes the body's end along, where it is there.
@@ -92,27 +93,43 @@ impl Framing {
         while let Framing::Chunked(chunk) = self {
             match chunk {
                 Chunk::Data(_) => return Ok(()),
-                Chunk::Size => match httparse::parse_chunk_size(buffer) {
-                    Ok(httparse::Status::Complete((length, size))) if length <= MOST_LINE => {
-                        buffer.advance(length);
-                        *chunk = if size == 0 { Chunk::Trailers } else { Chunk::Data(size) };
+                Chunk::Size(seen) => {
+                    // A line is parsed with its first bytes, where what is no size is found, and with its last one.
+                    let worth = *seen == 0 || buffer.len() > MOST_LINE || buffer[*seen..].contains(&b'\n');
+                    looked_at(buffer.len() - *seen + if worth { buffer.len().min(MOST_LINE) } else { 0 });
+                    *seen = buffer.len();
+                    if !worth {
+                        return Ok(());
                     }
-                    Ok(httparse::Status::Partial) if buffer.len() <= MOST_LINE => return Ok(()),
-                    _ => return Err(wrong("a chunk without a size")),
-                },
+                    match httparse::parse_chunk_size(buffer) {
+                        Ok(httparse::Status::Complete((length, size))) if length <= MOST_LINE => {
+                            buffer.advance(length);
+                            *chunk = if size == 0 { Chunk::Trailers(0) } else { Chunk::Data(size) };
+                        }
+                        Ok(httparse::Status::Partial) if buffer.len() <= MOST_LINE => return Ok(()),
+                        _ => return Err(wrong("a chunk without a size")),
+                    }
+                }
                 Chunk::End => match &buffer[..] {
                     [b'\r', b'\n', ..] => {
                         buffer.advance(2);
-                        *chunk = Chunk::Size;
+                        *chunk = Chunk::Size(0);
                     }
                     [] | [b'\r'] => return Ok(()),
                     _ => return Err(wrong("a chunk that is longer than it says")),
                 },
-                Chunk::Trailers => {
+                Chunk::Trailers(seen) => {
+                    // The end may have begun in what was searched.
+                    let from = seen.saturating_sub(3);
+                    looked_at(buffer.len() - from);
                     let end = match &buffer[..] {
                         [b'\r', b'\n', ..] => Some(2),
-                        text => text.windows(4).position(|end| end == b"\r\n\r\n").map(|at| at + 4),
+                        text => {
+                            let rest = &text[from..];
+                            rest.windows(4).position(|end| end == b"\r\n\r\n").map(|at| from + at + 4)
+                        }
                     };
+                    *seen = buffer.len();
                     match end {
                         Some(end) if end <= MOST_TRAILERS => {
                             buffer.advance(end);
@@ -130,6 +147,7 @@ impl Framing {
 
 #[cfg(test)]
 mod tests {
+    use super::super::LOOKED_AT;
     use super::*;
 
     /// All data of a body that comes in pieces of `size` bytes, and what is left of the bytes.
@@ -168,6 +186,17 @@ mod tests {
         let mut framing = Framing::chunked();
         assert_eq!(framing.next(&mut buffer).unwrap(), Step::Data(Bytes::from_static(b"hi")));
         assert_eq!((framing, buffer.len()), (Framing::Done, 0));
+    }
+
+    #[test]
+    fn lines_that_come_byte_by_byte_are_not_read_for_each_of_them() {
+        let before = LOOKED_AT.get();
+        let line = format!("1;{}\r\nx\r\n", "x".repeat(MOST_LINE - 10));
+        let trailers = "a: b\r\n".repeat(MOST_TRAILERS / 6);
+        let body = format!("{}0\r\n{trailers}\r\n", line.repeat(4));
+        assert_eq!(read(Framing::chunked(), body.as_bytes(), 1).unwrap().1, Framing::Done);
+        let work = LOOKED_AT.get() - before;
+        assert!(work < 5 * body.len(), "{work} bytes were looked at for a body of {}", body.len());
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! Heads: the request's, written; the response's, read.
 //!
-//! Of a response's headers only those are kept that somebody here looks at.
+//! Of a response's headers only those are kept that somebody here looks at. A head that comes byte by byte is looked at
+//! once a line and not once a byte ([`Reader`]).
 
 use std::io::{self, ErrorKind};
 use std::mem::MaybeUninit;
@@ -12,11 +13,14 @@ use hyper::header::{
 };
 
 use super::framing::Framing;
+use super::looked_at;
 
 /// Bytes of a response's head.
 pub(super) const MOST: usize = 64 << 10;
-/// Lines of a response's head.
+/// Headers of a response.
 const MOST_HEADERS: usize = 100;
+/// Lines of a head that isn't complete: the status, the headers, an empty one before it.
+const MOST_LINES: usize = MOST_HEADERS + 2;
 
 /// The headers of a response that are kept.
 const KEPT: [HeaderName; 3] = [CONTENT_TYPE, RETRY_AFTER, HeaderName::from_static("x-seed")];
@@ -85,15 +89,50 @@ fn decimal(digits: &mut [u8; 20], mut number: usize) -> &[u8] {
     }
 }
 
-impl Head {
+/// Takes heads off a buffer that fills.
+///
+/// Parsing begins at the head's beginning each time, so it is only tried with what came first (a stranger who speaks
+/// something else is known by that) and when a line has ended since. With lines as bounded as bytes, a server that sends a
+/// head byte by byte costs [`MOST_LINES`] times [`MOST`] bytes of parsing, and not the square of [`MOST`].
+#[derive(Debug, Default)]
+pub(super) struct Reader {
+    /// Bytes of the buffer that were looked at.
+    seen: usize,
+    /// Lines that have ended in them.
+    lines: usize,
+}
+
+impl Reader {
     /// Takes a head off the buffer; none where it isn't all there yet.
     ///
     /// # Errors
     /// Where it is none, or one that leaves open where its response ends.
-    pub(super) fn take(buffer: &mut BytesMut) -> io::Result<Option<Head>> {
-        if buffer.is_empty() {
+    pub(super) fn take(&mut self, buffer: &mut BytesMut) -> io::Result<Option<Head>> {
+        let new = &buffer[self.seen..];
+        if new.is_empty() {
             return Ok(None);
         }
+        looked_at(new.len());
+        let ended = new.iter().filter(|byte| **byte == b'\n').count();
+        let worth = ended > 0 || self.seen == 0 || buffer.len() > MOST;
+        (self.seen, self.lines) = (buffer.len(), self.lines + ended);
+        if !worth {
+            return Ok(None);
+        }
+        looked_at(buffer.len());
+        let head = Head::take(buffer)?;
+        if head.is_some() {
+            *self = Reader::default();
+        } else if self.lines > MOST_LINES {
+            return Err(wrong("a response's head has more than 102 lines"));
+        }
+        Ok(head)
+    }
+}
+
+impl Head {
+    /// Parses what is there.
+    fn take(buffer: &mut BytesMut) -> io::Result<Option<Head>> {
         let mut headers = [const { MaybeUninit::uninit() }; MOST_HEADERS];
         let mut response = httparse::Response::new(&mut []);
         let parser = httparse::ParserConfig::default();
@@ -195,10 +234,11 @@ pub(super) fn wrong(what: &str) -> io::Error {
 
 #[cfg(test)]
 mod tests {
+    use super::super::LOOKED_AT;
     use super::*;
 
     fn take(text: &str) -> io::Result<Option<Head>> {
-        Head::take(&mut BytesMut::from(text))
+        Reader::default().take(&mut BytesMut::from(text))
     }
 
     fn good(text: &str) -> (Framing, bool) {
@@ -254,7 +294,7 @@ mod tests {
             "HTTP/1.1 429 Slow\r\nserver: s\r\ncontent-type: application/json\r\nRetry-After: 3\r\n\
              X-Seed: 7\r\ncontent-length: 2\r\n\r\n{}",
         );
-        let head = Head::take(&mut buffer).unwrap().unwrap();
+        let head = Reader::default().take(&mut buffer).unwrap().unwrap();
         assert_eq!((head.status.as_u16(), &buffer[..]), (429, &b"{}"[..]));
         assert_eq!(head.headers.len(), 3);
         assert_eq!(
@@ -282,5 +322,61 @@ mod tests {
         assert!(take(&long).is_err());
         let many = format!("HTTP/1.1 200 OK\r\n{}\r\n", "a: b\r\n".repeat(MOST_HEADERS + 1));
         assert!(take(&many).is_err());
+    }
+
+    /// Feeds a text byte by byte; what came of it, and bytes that were looked at.
+    fn by_bytes(text: &[u8]) -> (io::Result<Option<Head>>, usize) {
+        let (mut reader, mut buffer, before) = (Reader::default(), BytesMut::new(), LOOKED_AT.get());
+        for byte in text {
+            buffer.put_u8(*byte);
+            let taken = reader.take(&mut buffer);
+            if !matches!(taken, Ok(None)) {
+                return (taken, LOOKED_AT.get() - before);
+            }
+        }
+        (Ok(None), LOOKED_AT.get() - before)
+    }
+
+    /// Once each byte had all bytes before it parsed again: two thousand million of them for one head.
+    #[test]
+    fn a_head_that_comes_byte_by_byte_is_not_parsed_for_each_of_them() {
+        let bound = (MOST_LINES + 3) * MOST;
+        let one_line =
+            format!("HTTP/1.1 200 OK\r\na: {}\r\ncontent-length: 1\r\n\r\n", "x".repeat(MOST - 100));
+        let line = format!("a: {}\r\n", "x".repeat(MOST / MOST_HEADERS - 10));
+        let many_lines = format!("HTTP/1.1 200 OK\r\n{}\r\n", line.repeat(MOST_HEADERS));
+        for text in [one_line, many_lines] {
+            let (head, work) = by_bytes(text.as_bytes());
+            assert_eq!(head.unwrap().unwrap().status, 200);
+            assert!(work < bound, "{work} bytes were looked at for a head of {}", text.len());
+        }
+        // And what is never a head.
+        let endless = format!("HTTP/1.1 200 OK\r\na: {}", "x".repeat(2 * MOST));
+        let nothing = "\r\n".repeat(MOST);
+        for text in [endless, nothing] {
+            let (head, work) = by_bytes(text.as_bytes());
+            assert!(head.is_err() && work < bound, "{work} bytes were looked at");
+        }
+        // A stranger is known by its first byte, and one who talks in lines by its first line.
+        assert!(by_bytes(b"\x15\x03\x01").0.is_err());
+        assert!(by_bytes(b"HELO you\r\n").0.is_err());
+    }
+
+    #[test]
+    fn heads_are_the_same_however_they_are_cut() {
+        let text = b"HTTP/1.1 103 Early\r\nlink: x\r\n\r\nHTTP/1.1 200 OK\r\ncontent-length: 5\r\n\r\nhello";
+        for size in 1..=text.len() {
+            let (mut reader, mut buffer, mut heads) = (Reader::default(), BytesMut::new(), Vec::new());
+            for piece in text.chunks(size) {
+                buffer.extend_from_slice(piece);
+                while heads.len() < 2
+                    && let Some(head) = reader.take(&mut buffer).unwrap()
+                {
+                    heads.push((head.status.as_u16(), head.framing));
+                }
+            }
+            assert_eq!(heads, [(103, Framing::Done), (200, Framing::Length(5))], "in pieces of {size}");
+            assert_eq!(&buffer[..], b"hello");
+        }
     }
 }

@@ -27,7 +27,20 @@ use tokio::net::TcpStream;
 use tokio_rustls::client::TlsStream;
 
 use framing::{Framing, Step};
+use head::Reader;
 pub(crate) use head::{Asked, Head};
+
+/// Bytes were searched or parsed. Tests count them: what a server sends byte by byte must not be read for each of them.
+fn looked_at(bytes: usize) {
+    #[cfg(test)]
+    LOOKED_AT.set(LOOKED_AT.get() + bytes);
+    let _ = bytes;
+}
+
+#[cfg(test)]
+thread_local! {
+    static LOOKED_AT: std::cell::Cell<usize> = const { std::cell::Cell::new(0) };
+}
 
 /// Bytes that are read at a time, at least; twice as many each time that all of them were there, up to [`MOST_READ`].
 const LEAST_READ: usize = 4 << 10;
@@ -50,6 +63,7 @@ pub(crate) struct Connection {
     buffer: BytesMut,
     /// Bytes that the next read makes room for.
     read: usize,
+    heads: Reader,
     framing: Framing,
     /// Another request may follow, once this one's response was read.
     keep: bool,
@@ -71,6 +85,7 @@ impl Connection {
             stream,
             buffer: BytesMut::new(),
             read: LEAST_READ,
+            heads: Reader::default(),
             framing: Framing::Done,
             keep: true,
             used: false,
@@ -120,7 +135,7 @@ impl Connection {
 
     fn poll_head(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<Head>> {
         loop {
-            while let Some(head) = Head::take(&mut self.buffer)? {
+            while let Some(head) = self.heads.take(&mut self.buffer)? {
                 // 100 Continue and its like announce the response.
                 if !head.status.is_informational() {
                     return Poll::Ready(Ok(head));
