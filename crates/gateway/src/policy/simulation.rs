@@ -374,14 +374,3 @@ fn balancing_is_better_than_turns_and_least_requests_as_the_table_says() {
         std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/../../docs/gateway.md")).unwrap();
     assert!(page.contains(&table), "docs/gateway.md doesn't have this table:\n{table}");
 }
-
-/// For whoever changes how requests are balanced: the same load under seeds that the table isn't made from.
-/// `cargo test -p consort-gateway --release setting -- --ignored --nocapture`
-#[test]
-#[ignore = "prints, and holds nothing"]
-fn setting() {
-    println!("{}", table(&LOADS.map(|(name, gap)| (name, rows(SETTING_SEEDS, gap)))));
-}
-
-/// Seeds to tune on.
-const SETTING_SEEDS: std::ops::Range<u64> = 0..6;
