@@ -98,8 +98,18 @@ pub(crate) fn not_a_rank(command: &mut std::process::Command) {
 }
 
 /// Where the first of several processes listens: `MASTER_ADDR` and `MASTER_PORT`, as torchrun sets them.
-pub(crate) fn master() -> Option<(String, u16)> {
-    Some((var("MASTER_ADDR")?, var("MASTER_PORT")?.parse().ok()?))
+///
+/// # Errors
+/// A port that is none.
+pub(crate) fn master() -> Result<Option<(String, u16)>, crate::cli::UsageError> {
+    let (Some(host), Some(port)) = (var("MASTER_ADDR"), var("MASTER_PORT")) else { return Ok(None) };
+    match port.trim().parse() {
+        Ok(port) => Ok(Some((host, port))),
+        Err(_) => Err(crate::cli::UsageError(format!(
+            "MASTER_PORT is {port:?}, which is no port; give one from 1 to 65535 that is free on {host}, or leave MASTER_ADDR \
+             and MASTER_PORT out: the processes then find each other in the job's folder"
+        ))),
+    }
 }
 
 /// Credentials, region and endpoint of a bucket, under AWS's names.

@@ -14,6 +14,7 @@ mod supervised;
 mod terminal;
 mod train;
 mod up;
+mod written;
 
 use std::process::ExitCode;
 
@@ -27,6 +28,8 @@ fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         // `consort … | head`: the reader has what it wanted.
         Err(error) if terminal::is_closed_output(&error) => ExitCode::SUCCESS,
+        // A launcher has heard it, and says it.
+        Err(error) if error.downcast_ref::<cli::Told>().is_some() => ExitCode::FAILURE,
         Err(error) => {
             let said = terminal::said(&error);
             // Each of a file's problems begins like this by itself.

@@ -3,6 +3,8 @@
 #![allow(clippy::unwrap_used, clippy::print_stdout)] // Also in helpers, which the lints don't count as tests.
 
 mod support;
+#[path = "usage/training.rs"]
+mod training;
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpListener;

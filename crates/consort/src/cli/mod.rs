@@ -75,6 +75,18 @@ impl std::fmt::Display for UsageError {
 
 impl std::error::Error for UsageError {}
 
+/// A failure that was told in another way; nothing more is said of it, and the exit code is 1.
+#[derive(Debug)]
+pub(crate) struct Told;
+
+impl std::fmt::Display for Told {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("the launcher was told")
+    }
+}
+
+impl std::error::Error for Told {}
+
 impl Cli {
     /// Runs the subcommand. `started` is when the process began, for the times that are reported.
     pub(crate) fn run(self, started: Instant) -> Result<()> {

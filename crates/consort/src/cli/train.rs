@@ -3,7 +3,7 @@
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
-use anyhow::{Context, Result};
+use anyhow::{Result, anyhow};
 use clap::{Args, Subcommand};
 use consort_training::job::GgufType;
 
@@ -161,11 +161,20 @@ impl Status {
     fn run(self) -> Result<()> {
         let out = status::folder(&self.job)?;
         let path = status::file(&out);
-        let text = std::fs::read_to_string(&path).with_context(|| {
-            format!("no job has run in {} (there is no {})", out.display(), path.display())
+        let text = std::fs::read_to_string(&path).map_err(|error| match error.kind() {
+            std::io::ErrorKind::NotFound => anyhow!(
+                "no job has run in {}: there is no {}; a job writes it from its first second, started with consort train JOB.toml",
+                out.display(),
+                path.display()
+            ),
+            _ => anyhow!("can't read {}: {error}", path.display()),
         })?;
-        let report: status::Report = serde_json::from_str(&text)
-            .with_context(|| format!("{} is of another version", path.display()))?;
+        let report: status::Report = serde_json::from_str(&text).map_err(|error| {
+            anyhow!(
+                "{} is not what this version of consort writes ({error}); ask with the one that runs the job",
+                path.display()
+            )
+        })?;
         if self.json {
             return Ok(line(text.trim_end())?);
         }
@@ -180,6 +189,13 @@ impl Export {
             Gguf::Bf16 => GgufType::Bf16,
             Gguf::Q8_0 => GgufType::Q8_0,
         };
+        if !self.model.exists() {
+            let what = format!(
+                "there is no folder {}; name a Hugging Face folder, such as a job's result",
+                self.model.display()
+            );
+            return Err(UsageError(what).into());
+        }
         let output = self.output.unwrap_or_else(|| self.model.join("model.gguf"));
         train::export::export(&self.model, &output, kind)?;
         Ok(line(output.display())?)

@@ -49,6 +49,8 @@ pub(crate) struct Ended<'a> {
     pub(crate) elsewhere: bool,
     /// The command that goes on with the job.
     pub(crate) again: String,
+    /// It was to go on from a checkpoint.
+    pub(crate) resumed: bool,
     pub(crate) json: bool,
 }
 
@@ -65,6 +67,7 @@ pub(crate) fn finish(ended: Ended<'_>) -> Result<()> {
         stopped,
         elsewhere,
         again: resume,
+        resumed,
         json,
     } = ended;
     let job = &source.job;
@@ -74,7 +77,9 @@ pub(crate) fn finish(ended: Ended<'_>) -> Result<()> {
     let Some(finished) = finished else {
         let step = metrics.counts.last.map_or(0, |step| step.step);
         metrics.end(step, false, None);
-        let how = match newest {
+        // What couldn't go on from its checkpoint can't do it by trying again.
+        let barred = resumed && failed.is_some() && metrics.counts.last.is_none();
+        let how = match newest.filter(|_| !barred) {
             Some(newest) => format!("; go on behind step {newest} with: {resume}"),
             None => String::new(),
         };

@@ -40,7 +40,7 @@ fn words(holding: &Holding, location: &str) -> String {
     };
     format!(
         "the last checkpoint, of step {step}, can't be written: {reason}. It takes {} at {location}{free}. The weights are \
-         kept and it is tried again in {}, for {} in all: make room, or give them up with Ctrl-C",
+         kept and it is tried again in {}, for {} in all: make room there or mend that place, or give them up with Ctrl-C",
         bytes(*needed),
         duration(*again_ms as f64 / 1e3),
         duration(*left_ms as f64 / 1e3),

@@ -64,6 +64,7 @@ struct Launcher<'a> {
     rank: Option<&'a Rank>,
     plan: Plan,
     prepared: Prepared,
+    endpoint: Option<Endpoint>,
     show: Show,
 }
 
@@ -76,8 +77,12 @@ impl<'a> Launcher<'a> {
     ) -> Result<Option<Launcher<'a>>> {
         let job = &source.job;
         let mut show = Show::new(wishes.json);
+        prepare::folder(job)?;
+        let mut endpoint = None;
         if !wishes.check {
             earlier(source, wishes)?;
+            // What can't be listened on is known before the data is read, which may take long.
+            endpoint = wishes.metrics.map(Endpoint::listen).transpose()?;
         }
         let prepared = prepare::prepare(job, wishes.json, &mut |text| show.say(text))?;
         let begun = prepare::begin(job, &prepared)?;
@@ -87,8 +92,10 @@ impl<'a> Launcher<'a> {
         show.clear();
         let report = dataset.report();
         show.say(&format!(
-            "{} documents, {} samples of up to {} tokens",
-            report.documents, report.samples, job.data.context
+            "{}, {} of up to {} tokens",
+            count(report.documents, "document"),
+            count(report.samples, "sample"),
+            job.data.context
         ));
         if report.skipped > 0 {
             let named: Vec<&str> = report.skipped_lines.iter().take(3).map(String::as_str).collect();
@@ -103,21 +110,28 @@ impl<'a> Launcher<'a> {
             crate::terminal::line(&plan)?;
             return Ok(None);
         }
-        Ok(Some(Launcher { source, wishes, rank, plan, prepared, show }))
+        Ok(Some(Launcher { source, wishes, rank, plan, prepared, endpoint, show }))
     }
 
     fn launch(self) -> Result<()> {
-        let Launcher { source, wishes, rank, plan, prepared, show } = self;
+        let Launcher { source, wishes, rank, plan, prepared, endpoint, show } = self;
         let job = &source.job;
         let token = match environment::train_token() {
             Some(token) => token,
             None => secret()?,
         };
         let alone = rank.is_none_or(|rank| rank.local_world_size == Some(rank.world_size));
-        let listen = match (alone, environment::master()) {
+        let master = environment::master()?.filter(|_| !alone);
+        let listen = match (alone, &master) {
             (true, _) => "127.0.0.1:0".to_owned(),
             (false, Some((_, port))) => format!("0.0.0.0:{port}"),
             (false, None) => "0.0.0.0:0".to_owned(),
+        };
+        let taken = |error: anyhow::Error| match &master {
+            Some((_, port)) => {
+                error.context(format!("MASTER_PORT names port {port}: give one that is free on this machine"))
+            }
+            None => error,
         };
         let workers = rank.map_or(job.workers, |rank| rank.world_size);
         let silence = match (alone, &job.servers) {
@@ -146,7 +160,8 @@ impl<'a> Launcher<'a> {
                 if alone {
                     options.settle = HOST_SETTLE;
                 }
-                (Some(Store::listen(&listen, meeting.token.as_bytes(), options)?), None)
+                let store = Store::listen(&listen, meeting.token.as_bytes(), options);
+                (Some(store.map_err(|error| taken(error.into()))?), None)
             }
             Some(servers) => {
                 let told = news.clone();
@@ -154,14 +169,14 @@ impl<'a> Launcher<'a> {
                     // The main loop may have ended.
                     let _ = told.send(News::Served(words));
                 };
-                (None, Some(Served::start(meeting.clone(), *servers, listen, tell)?))
+                (None, Some(Served::start(meeting.clone(), *servers, listen, tell).map_err(taken)?))
             }
         };
         let port = match (&store, &served) {
             (Some(store), _) => store.address().port(),
             (None, served) => served.as_ref().map_or(0, |served| served.port),
         };
-        let host = match (alone, environment::master()) {
+        let host = match (alone, master) {
             (true, _) => "127.0.0.1".to_owned(),
             (false, Some((host, _))) => host,
             (false, None) => hostname()?,
@@ -170,7 +185,6 @@ impl<'a> Launcher<'a> {
         // Servers run beside the launcher, and workers on other machines find them there.
         meeting.advertise = (!alone).then_some(host);
         let meeting = meeting.publish(&work(job).join(follow::meeting_name(rank)))?;
-        let endpoint = wishes.metrics.map(Endpoint::listen).transpose()?;
         if let Some(endpoint) = &endpoint {
             show.say(&endpoint.about());
         }
@@ -215,6 +229,7 @@ impl<'a> Launcher<'a> {
                 std::env::args_os().skip(1).map(|word| word.to_string_lossy().into_owned()),
                 rank,
             ),
+            resumed: wishes.resume,
             json: wishes.json,
         })
     }
@@ -224,7 +239,12 @@ impl<'a> Launcher<'a> {
 fn earlier(source: &Source, wishes: &Wishes) -> Result<()> {
     let (location, options) = (source.job.checkpoint_location(), environment::s3_options());
     let steps = checkpoint::steps(&location, &options)?;
-    let Some(newest) = steps.last() else { return Ok(()) };
+    let Some(newest) = steps.last() else {
+        if wishes.resume {
+            note(&format!("there is no checkpoint at {location} yet: the job begins at its first step"));
+        }
+        return Ok(());
+    };
     if wishes.restart {
         checkpoint::remove(&location, &options)?;
         note(&format!("removed the checkpoints of an earlier run at {location}"));
@@ -235,6 +255,11 @@ fn earlier(source: &Source, wishes: &Wishes) -> Result<()> {
         )));
     }
     Ok(())
+}
+
+/// A number of things.
+fn count(number: u64, of: &str) -> String {
+    if number == 1 { format!("1 {of}") } else { format!("{number} {of}s") }
 }
 
 /// This machine's name, for processes on others.

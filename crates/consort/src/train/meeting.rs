@@ -13,9 +13,12 @@ use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 
 use super::prepare::Prepared;
+use crate::terminal::note;
 
 /// How often a process that waits for the first one looks for the file.
 const LOOK: Duration = Duration::from_millis(200);
+/// A wait of this length is told of.
+const QUIET: Duration = Duration::from_secs(5);
 /// No such file is longer.
 const MOST_BYTES: u64 = 4 << 20;
 
@@ -93,8 +96,13 @@ impl Meeting {
 
     /// Waits until it is there, and for one that isn't `but`, whose store turned out to be gone.
     pub(crate) fn wait(path: &Path, but: Option<&str>, limit: Duration) -> Result<Meeting> {
-        let until = Instant::now() + limit;
+        let (begun, mut said) = (Instant::now(), false);
+        let until = begun + limit;
         loop {
+            if !said && begun.elapsed() > QUIET {
+                said = true;
+                note(&format!("waiting for the first process, which will write {}", path.display()));
+            }
             let found = path.exists().then(|| Meeting::read(path)).transpose()?;
             match found {
                 Some(meeting) if but != Some(meeting.token.as_str()) => return Ok(meeting),

@@ -23,13 +23,13 @@ pub(crate) mod show;
 pub(crate) mod status;
 pub(crate) mod worker;
 
-use std::io::Read as _;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Result, anyhow};
 use consort_training::job::{self, Job};
 
 use crate::cli::UsageError;
+use crate::written;
 
 /// A job and the file that it came from.
 #[derive(Clone, Debug)]
@@ -39,16 +39,12 @@ pub(crate) struct Source {
     pub(crate) job: Job,
 }
 
+/// What a job's file is called where another one was named.
+const FILE: &str = "a job's file, such as examples/train/tiny.toml (docs/training.md explains its keys)";
+
 /// Reads a job's file.
 pub(crate) fn read(path: &Path) -> Result<Source> {
-    let what = || format!("can't read the job {}", path.display());
-    let mut bytes = Vec::new();
-    let most = consort_config::MOST_BYTES as u64;
-    std::fs::File::open(path)
-        .and_then(|file| file.take(most + 1).read_to_end(&mut bytes))
-        .map_err(|error| anyhow!(UsageError(format!("{}: {error}", what()))))?;
-    let text = String::from_utf8(bytes).with_context(what)?;
-    parse(path, text)
+    parse(path, written::text(path, FILE)?)
 }
 
 /// Reads a job from the text of its file.

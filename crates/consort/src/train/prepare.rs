@@ -4,6 +4,7 @@
 //! and is made again only where what it follows from has changed.
 
 use std::fs;
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow, bail};
@@ -14,6 +15,9 @@ use consort_training::data::{
 use consort_training::job::{Job, ModelSource};
 use serde::{Deserialize, Serialize};
 
+use super::work;
+use crate::cli::UsageError;
+use crate::written::unreadable;
 use crate::{environment, loading};
 
 /// Names of what was prepared.
@@ -37,11 +41,43 @@ pub(crate) struct Begun {
     tokenizer_hash: String,
 }
 
+/// Makes the job's folder.
+pub(crate) fn folder(job: &Job) -> Result<PathBuf> {
+    let work = work(job);
+    match fs::create_dir_all(&work) {
+        Ok(()) => Ok(work),
+        Err(error) => {
+            let why = format!(
+                "can't make the folder {}: {error}; `out` in the job's file names where its result goes",
+                work.display()
+            );
+            Err(match error.kind() {
+                ErrorKind::NotADirectory | ErrorKind::AlreadyExists => UsageError(why).into(),
+                _ => anyhow!(why),
+            })
+        }
+    }
+}
+
 /// Makes and fetches what isn't there. `say` hears of what takes long.
 pub(crate) fn prepare(job: &Job, quiet: bool, say: &mut dyn FnMut(&str)) -> Result<Prepared> {
     let mut data = job.data.paths.clone();
-    let work = job.out.join("job");
-    fs::create_dir_all(&work).with_context(|| format!("can't make {}", work.display()))?;
+    for path in &data {
+        // Before anything is made. The data itself is read further below.
+        fs::metadata(path).map_err(|error| {
+            let what = "what is there in [data]'s `paths`, which are relative to the job's file";
+            UsageError(unreadable(path, what, &error))
+        })?;
+    }
+    let from = match &job.model {
+        ModelSource::From(name) => {
+            let hub = environment::hub()?;
+            let reference = loading::reference(&hub, name)?;
+            Some(loading::fetch(&hub, &reference, false, quiet)?.path)
+        }
+        ModelSource::New(_) => None,
+    };
+    let work = folder(job)?;
     if job.data.stories > 0 {
         let path = work.join(format!("stories-{}-{}.jsonl", job.data.stories, job.seed));
         if !path.exists() {
@@ -51,18 +87,15 @@ pub(crate) fn prepare(job: &Job, quiet: bool, say: &mut dyn FnMut(&str)) -> Resu
         data.push(path);
     }
     let (model, vocabulary) = match &job.model {
-        ModelSource::From(name) => {
-            let hub = environment::hub()?;
-            let reference = loading::reference(&hub, name)?;
-            (Some(loading::fetch(&hub, &reference, false, quiet)?.path), None)
-        }
+        ModelSource::From(_) => (from, None),
         ModelSource::New(shape) => {
             let of = data::fingerprint(&data)?;
             let folder = work.join(format!("vocabulary-{}-{}", shape.vocabulary, &of[..16]));
             // The settings are written last.
             if !folder.join("tokenizer_config.json").exists() {
                 say(&format!("learning a vocabulary of {} tokens", shape.vocabulary));
-                let config = VocabularyConfig { paths: data.clone(), size: shape.vocabulary };
+                let (paths, bad_lines) = (data.clone(), job.data.bad_lines);
+                let config = VocabularyConfig { paths, size: shape.vocabulary, bad_lines };
                 let size = train_vocabulary(&config, &folder)?;
                 if size < shape.vocabulary {
                     say(&format!("the data gives a vocabulary of {size} tokens; it has no more to merge"));

@@ -116,7 +116,10 @@ pub(crate) fn folder(of: &Path) -> anyhow::Result<PathBuf> {
         return Ok(of.to_owned());
     }
     if !of.exists() {
-        let what = format!("there is neither a job's folder nor its file at {}", of.display());
+        let what = format!(
+            "there is neither a job's folder nor its file at {}; name the job's file, or the folder that it calls `out`",
+            of.display()
+        );
         return Err(crate::cli::UsageError(what).into());
     }
     Ok(super::read(of)?.job.out)

@@ -23,6 +23,7 @@ use super::holding::Teller;
 use super::meeting::Meeting;
 use super::prepare::{self, Prepared};
 use super::said::Said;
+use crate::cli::Told;
 use crate::environment;
 use crate::terminal::note;
 
@@ -44,18 +45,21 @@ pub(crate) enum Attached {
 
 /// Works. `threads` are this machine's for this worker, where not as many as the meeting says.
 pub(crate) fn work(meeting: &Meeting, attached: Attached, threads: Option<usize>) -> Result<Finished> {
-    let stop = Arc::new(AtomicBool::new(false));
+    let told = Arc::new(Orders::default());
     match attached {
-        Attached::Child => obey(Arc::clone(&stop))?,
+        Attached::Child => obey(Arc::clone(&told))?,
         Attached::Alone => crate::signals::on_stop({
-            let stop = Arc::clone(&stop);
+            let told = Arc::clone(&told);
             move || {
+                if !told.stop() {
+                    note("stopped before it met the other workers");
+                    std::process::exit(1);
+                }
                 note("stopping behind this step, with a checkpoint");
-                stop.store(true, Ordering::Relaxed);
             }
         })?,
     }
-    match run(meeting, attached, threads, &stop) {
+    match run(meeting, attached, threads, &told) {
         Ok(finished) => {
             say(attached, &Said::Finished(finished.clone()));
             Ok(finished)
@@ -65,18 +69,16 @@ pub(crate) fn work(meeting: &Meeting, attached: Attached, threads: Option<usize>
             let shared = !matches!(error.downcast_ref::<Error>(), Some(Error::Group(_)));
             if shared {
                 say(attached, &Said::Failed(crate::terminal::said(&error)));
+                if attached == Attached::Child {
+                    return Err(Told.into());
+                }
             }
             Err(error)
         }
     }
 }
 
-fn run(
-    meeting: &Meeting,
-    attached: Attached,
-    threads: Option<usize>,
-    stop: &Arc<AtomicBool>,
-) -> Result<Finished> {
+fn run(meeting: &Meeting, attached: Attached, threads: Option<usize>, told: &Orders) -> Result<Finished> {
     let job = super::parse(&meeting.file, meeting.text.clone())?.job;
     let begun = prepare::begin(&job, &meeting.prepared)?;
     let threads = threads.unwrap_or(meeting.threads);
@@ -104,7 +106,8 @@ fn run(
         {
             note(&text);
         }
-        if stop.load(Ordering::Relaxed) { Control::Stop } else { Control::Go }
+        told.member.fetch_or(matches!(event, Event::Started { .. }), Ordering::Relaxed);
+        if told.stop.load(Ordering::Relaxed) { Control::Stop } else { Control::Go }
     });
     drop(publisher);
     let finished = finished?;
@@ -147,18 +150,40 @@ pub(super) fn files(begun: &prepare::Begun, prepared: &Prepared) -> Result<BTree
     Ok(files)
 }
 
+/// What a worker was told, and whether it may have something to lose.
+#[derive(Default)]
+struct Orders {
+    stop: AtomicBool,
+    /// It has been in a group.
+    member: AtomicBool,
+}
+
+impl Orders {
+    /// Asks for a stop behind this step; false for a worker that takes none, as it still waits for the others. It may go as it
+    /// is: what it has, a checkpoint or another worker has too.
+    fn stop(&self) -> bool {
+        self.stop.store(true, Ordering::Relaxed);
+        self.member.load(Ordering::Relaxed)
+    }
+}
+
 /// Does what the launcher says, for as long as there is one.
-fn obey(stop: Arc<AtomicBool>) -> Result<()> {
+fn obey(told: Arc<Orders>) -> Result<()> {
+    let stop = move || {
+        if !told.stop() {
+            std::process::exit(0);
+        }
+    };
     let listen = move || {
         for line in io::stdin().lock().lines() {
             match line {
-                Ok(line) if line.trim() == STOP => stop.store(true, Ordering::Relaxed),
+                Ok(line) if line.trim() == STOP => stop(),
                 Ok(_) => {}
                 Err(_) => break,
             }
         }
         // The end of standard input is the end of the launcher, which is told to the others with this step.
-        stop.store(true, Ordering::Relaxed);
+        stop();
     };
     std::thread::Builder::new().name("launcher".into()).spawn(listen).context("can't start a thread")?;
     Ok(())

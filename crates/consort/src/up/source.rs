@@ -2,9 +2,11 @@
 
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, bail};
+use anyhow::Result;
 use consort_api::deployment::Deployment;
 use consort_control::config;
+
+use crate::written;
 
 /// Where a deployment comes from.
 #[derive(Clone, Debug)]
@@ -25,21 +27,12 @@ impl Source {
     }
 }
 
+/// What a deployment is called where another file was named.
+const FILE: &str = "a deployment, such as examples/consort.toml (docs/fleet.md explains its keys)";
+
 /// Reads a file, no more of it than a deployment may have.
 pub(crate) fn text(path: &Path) -> Result<String> {
-    use std::io::Read as _;
-    let open = || -> std::io::Result<Vec<u8>> {
-        let mut bytes = Vec::new();
-        std::fs::File::open(path)?.take(config::MOST_BYTES as u64 + 1).read_to_end(&mut bytes)?;
-        Ok(bytes)
-    };
-    let bytes = open().with_context(|| format!("can't read {}", path.display()))?;
-    match String::from_utf8(bytes) {
-        Ok(text) => Ok(text),
-        Err(error) => {
-            bail!("{} is not text: byte {} is no UTF-8", path.display(), error.utf8_error().valid_up_to())
-        }
-    }
+    written::text(path, FILE)
 }
 
 /// Reads and checks a file.

@@ -236,11 +236,23 @@ fn trainable(config: &ModelConfig) -> Result<(), Error> {
     if config.head_dim > 256 {
         return no("heads of more than 256 values");
     }
-    let parameters = [config.vocab, config.hidden, config.ffn, config.layers, config.heads * config.head_dim];
-    if parameters.iter().try_fold(1usize, |product, &n| product.checked_mul(n)).is_none() {
+    if values(config).is_none_or(|values| values > MOST_VALUES) {
         return no("more parameters than this machine can count");
     }
     Ok(())
+}
+
+/// More than any machine holds, and few enough to count the bytes of what is kept beside each of them.
+const MOST_VALUES: usize = 1 << 50;
+
+/// At least as many values as such a model has; `None` where they can't be counted.
+fn values(config: &ModelConfig) -> Option<usize> {
+    let rows = |count: usize| count.checked_mul(config.head_dim);
+    // Of queries and of what is made of their answers; of keys and values; biases and norms are few beside them.
+    let attention = rows(config.heads)?.checked_add(rows(config.kv_heads)?)?.checked_mul(2)?;
+    let block = attention.checked_add(config.ffn.checked_mul(3)?)?.checked_add(16)?;
+    let all = block.checked_mul(config.layers)?.checked_add(config.vocab.checked_mul(2)?)?.checked_add(1)?;
+    all.checked_mul(config.hidden)
 }
 
 /// Gradients, one buffer a bucket: sums over rows and micro-batches.

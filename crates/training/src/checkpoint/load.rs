@@ -35,7 +35,14 @@ pub fn load(
     state: &mut [Buffer<f32>],
 ) -> Result<Option<Loaded>, Error> {
     assert!(weights.len() == layout.len() && state.iter().all(|s| s.len() == layout.len()), "lengths");
-    let fail = |error: std::io::Error| Error::Checkpoint(format!("{location}: {error}"));
+    let cure = match location.starts_with("s3://") {
+        true => {
+            "; the bucket and what lets one in are named by [checkpoints]' `location`, AWS_ENDPOINT_URL, AWS_REGION, \
+             AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+        }
+        false => "; name another place with [checkpoints]' `location`",
+    };
+    let fail = |error: std::io::Error| Error::Checkpoint(format!("{location}: {error}{cure}"));
     let store = Store::open(location, options).map_err(fail)?;
     let names = store.list().map_err(fail)?;
     let complete = names.iter().filter_map(|name| name.strip_suffix(MANIFEST)?.strip_suffix('/'));
@@ -53,7 +60,10 @@ pub fn load(
             }
         }
     }
-    Err(Error::Checkpoint(format!("no checkpoint is good: {}", refused.join("; "))))
+    Err(Error::Checkpoint(format!(
+        "no checkpoint is good: {}. Put back what was changed, the job or these files; or remove them and begin anew",
+        refused.join("; ")
+    )))
 }
 
 /// Steps of the checkpoints at `location` that have a manifest, ascending; whether they are good, [`load`] finds out.
@@ -84,7 +94,14 @@ pub fn remove(location: &str, options: &[(String, String)]) -> Result<(), Error>
 }
 
 fn names(location: &str, options: &[(String, String)]) -> Result<(Store, Vec<String>), Error> {
-    let fail = |error: std::io::Error| Error::Checkpoint(format!("{location}: {error}"));
+    let cure = match location.starts_with("s3://") {
+        true => {
+            "; the bucket and what lets one in are named by [checkpoints]' `location`, AWS_ENDPOINT_URL, AWS_REGION, \
+             AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+        }
+        false => "; name another place with [checkpoints]' `location`",
+    };
+    let fail = |error: std::io::Error| Error::Checkpoint(format!("{location}: {error}{cure}"));
     let store = Store::open(location, options).map_err(fail)?;
     let names = store.list().map_err(fail)?;
     Ok((store, names))

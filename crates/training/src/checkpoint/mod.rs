@@ -24,6 +24,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 pub use load::{Loaded, load, remove, steps};
+pub(crate) use store::place;
 pub use writer::{Event, Writer};
 
 /// Bytes of tensors in one file, about.

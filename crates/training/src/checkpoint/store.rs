@@ -32,11 +32,9 @@ pub(super) struct Bucket {
 impl Store {
     /// The place that `location` names: a folder, or `s3://bucket/prefix` with `options` as AWS names them.
     pub(super) fn open(location: &str, options: &[(String, String)]) -> io::Result<Store> {
-        if !location.starts_with("s3://") {
+        let Some((bucket, prefix)) = place(location).map_err(io::Error::other)? else {
             return Ok(Store::Folder(PathBuf::from(location)));
-        }
-        let url = location.trim_end_matches('/');
-        let (bucket, prefix) = url["s3://".len()..].split_once('/').unwrap_or((&url["s3://".len()..], ""));
+        };
         let mut builder = AmazonS3Builder::new().with_bucket_name(bucket);
         for (key, value) in options {
             // Options for others (a profile's name, say) come along in the same way.
@@ -88,6 +86,21 @@ impl Store {
             }
             Store::Bucket(bucket) => bucket.remove(name),
         }
+    }
+}
+
+/// The bucket and the prefix that a location names; `None` for a folder.
+///
+/// # Errors
+/// Why it names nothing.
+pub(crate) fn place(location: &str) -> Result<Option<(&str, &str)>, String> {
+    let Some((scheme, rest)) = location.split_once("://") else { return Ok(None) };
+    if scheme != "s3" {
+        return Err(format!("checkpoints go to a folder or to s3://bucket/prefix, not to {scheme}://"));
+    }
+    match rest.trim_matches('/').split_once('/').unwrap_or((rest.trim_matches('/'), "")) {
+        ("", _) => Err("this names no bucket: write s3://bucket/prefix".to_owned()),
+        found => Ok(Some(found)),
     }
 }
 

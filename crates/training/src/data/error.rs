@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 #[derive(Debug, thiserror::Error)]
 pub enum DataError {
     /// A file or folder can't be read, or the cache can't be written.
-    #[error("{}: {error}", path.display())]
+    #[error("{}: {error}{}", path.display(), cure(error.kind()))]
     Io {
         /// Which.
         path: PathBuf,
@@ -16,7 +16,7 @@ pub enum DataError {
         error: io::Error,
     },
     /// A line that says nothing that can be learned from.
-    #[error("{0}; mend it, or have bad lines skipped and counted")]
+    #[error("{0}; mend it, or have such lines skipped and counted: `bad_lines = \"skip\"` in [data]")]
     Line(BadLine),
     /// There is nothing to learn from.
     #[error("{message}")]
@@ -61,6 +61,16 @@ pub enum DataError {
 impl DataError {
     pub(super) fn io(path: &Path) -> impl FnOnce(io::Error) -> DataError + '_ {
         move |error| DataError::Io { path: path.to_owned(), error }
+    }
+}
+
+/// What helps where a file can't be read or written.
+fn cure(kind: io::ErrorKind) -> &'static str {
+    match kind {
+        io::ErrorKind::NotFound => "; mend `paths` in [data], which are relative to the job's file",
+        io::ErrorKind::PermissionDenied => "; give this user the right to it",
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => "; make room there",
+        _ => "",
     }
 }
 

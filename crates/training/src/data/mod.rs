@@ -241,7 +241,10 @@ fn identity(config: &DataConfig, reading: &Reading<'_>, files: &[PathBuf]) -> Re
 
 fn hash_file(path: &Path) -> std::io::Result<blake3::Hash> {
     if !std::fs::metadata(path)?.is_file() {
-        return Err(std::io::Error::new(std::io::ErrorKind::InvalidInput, "not a regular file"));
+        return Err(std::io::Error::new(
+            std::io::ErrorKind::InvalidInput,
+            "not a regular file; name one that holds text",
+        ));
     }
     let mut file = File::open(path)?;
     let mut hasher = blake3::Hasher::new();
@@ -297,7 +300,7 @@ impl Maker<'_> {
         if self.writer.report.predicted == 0 {
             let report = &self.writer.report;
             let message = format!(
-                "nothing to learn from in {} files: {} documents are empty, {} lines were skipped",
+                "nothing to learn from in {} files: {} documents are empty, {} lines were skipped; name other data in [data]",
                 report.files, report.empty, report.skipped
             );
             return Err(DataError::Empty { message });

@@ -53,7 +53,10 @@ pub(super) fn files(paths: &[PathBuf]) -> Result<Vec<PathBuf>, DataError> {
             walk(path, 0, &mut files)?;
             if files.len() == before {
                 let endings = ENDINGS.join(", .");
-                let message = format!("{}: no file in this folder ends in .{endings}", path.display());
+                let message = format!(
+                    "{}: no file in this folder ends in .{endings}; name a file itself, whatever it ends in, or another folder",
+                    path.display()
+                );
                 return Err(DataError::Empty { message });
             }
         } else {
@@ -103,7 +106,8 @@ pub(super) fn read(
 ) -> Result<(), DataError> {
     // Before opening: a named pipe would wait for a writer.
     if !fs::metadata(path).map_err(DataError::io(path))?.is_file() {
-        let error = io::Error::new(io::ErrorKind::InvalidInput, "not a regular file");
+        let error =
+            io::Error::new(io::ErrorKind::InvalidInput, "not a regular file; name one that holds text");
         return Err(DataError::Io { path: path.to_owned(), error });
     }
     let mut lines = Lines {

@@ -21,7 +21,11 @@ impl Setting {
         fs::write(&words, "a question and its answer, said by the assistant to the user. ".repeat(40))
             .unwrap();
         let out = folder.path().join("vocabulary");
-        train_vocabulary(&VocabularyConfig { paths: vec![words], size: 320 }, &out).unwrap();
+        train_vocabulary(
+            &VocabularyConfig { paths: vec![words], size: 320, bad_lines: BadLines::Fatal },
+            &out,
+        )
+        .unwrap();
         Setting { tokenizer: Tokenizer::from_folder(&out).unwrap(), folder }
     }
 

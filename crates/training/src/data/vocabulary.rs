@@ -15,7 +15,7 @@ use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 use tokenizers::{AddedToken, DecoderWrapper, PostProcessorWrapper, PreTokenizerWrapper, TokenizerBuilder};
 
 use super::source::{self, Document};
-use super::{DataError, TextDocuments};
+use super::{BadLines, DataError, TextDocuments};
 
 const END_OF_TEXT: &str = "<|endoftext|>";
 const TURN: [&str; 2] = ["<|im_start|>", "<|im_end|>"];
@@ -33,8 +33,10 @@ const AHEAD: usize = 64;
 /// A vocabulary to learn.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct VocabularyConfig {
-    /// Files and folders, as in [`super::DataConfig`]. Bad lines are passed over: they are named when the data is read.
+    /// Files and folders, as in [`super::DataConfig`].
     pub paths: Vec<PathBuf>,
+    /// What becomes of bad lines; those that are passed over are counted and named when the data is read.
+    pub bad_lines: BadLines,
     /// Tokens, special ones and bytes among them; fewer where the text has no more to merge.
     pub size: usize,
 }
@@ -73,7 +75,8 @@ pub fn train_vocabulary(config: &VocabularyConfig, folder: &Path) -> Result<usiz
     .map_err(fail)?;
     let (sender, texts) = mpsc::sync_channel(AHEAD);
     let (learned, read) = std::thread::scope(|scope| {
-        let reader = scope.spawn(move || read(&files, &sender));
+        let (files, bad_lines) = (&files, config.bad_lines);
+        let reader = scope.spawn(move || read(files, bad_lines, &sender));
         let learned = tokenizer.train(&mut trainer, texts.into_iter()).map(|_| ());
         let read = reader.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
         (learned, read)
@@ -81,7 +84,12 @@ pub fn train_vocabulary(config: &VocabularyConfig, folder: &Path) -> Result<usiz
     let Found { texts, chats } = read?;
     learned.map_err(fail)?;
     if texts == 0 {
-        let message = "there is no text to learn a vocabulary from".to_owned();
+        let named: Vec<String> = files.iter().take(3).map(|path| path.display().to_string()).collect();
+        let more = if files.len() > named.len() { ", …" } else { "" };
+        let message = format!(
+            "there is no text to learn a vocabulary from in {}{more}; name other data in [data], or `stories = \"4M\"`",
+            named.join(", ")
+        );
         return Err(DataError::Empty { message });
     }
     let mut settings = json!({
@@ -111,8 +119,12 @@ struct Found {
     chats: u64,
 }
 
-/// Sends all texts; ends early where nobody listens any more.
-fn read(files: &[PathBuf], texts: &mpsc::SyncSender<String>) -> Result<Found, DataError> {
+/// Sends all texts, up to a bad line where those are fatal; ends early where nobody listens any more.
+fn read(
+    files: &[PathBuf],
+    bad_lines: BadLines,
+    texts: &mpsc::SyncSender<String>,
+) -> Result<Found, DataError> {
     let mut counts = Found::default();
     for path in files {
         source::read(path, TextDocuments::File, &mut |found| {
@@ -126,6 +138,9 @@ fn read(files: &[PathBuf], texts: &mpsc::SyncSender<String>) -> Result<Found, Da
                 Ok(Document::Chat { messages, .. }) => {
                     messages.iter().filter_map(|m| m["content"].as_str()).for_each(send);
                     counts.chats += 1;
+                }
+                Err(reason) if bad_lines == BadLines::Fatal => {
+                    return Err(DataError::Line(source::bad(path, found.line, reason)));
                 }
                 Err(_) => {}
             }
@@ -149,7 +164,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join(name);
         fs::write(&path, content).unwrap();
-        let config = VocabularyConfig { paths: vec![path], size };
+        let config = VocabularyConfig { paths: vec![path], size, bad_lines: BadLines::Skip };
         let size = train_vocabulary(&config, &folder.path().join("out")).unwrap();
         (folder, size)
     }
@@ -190,10 +205,21 @@ mod tests {
     fn what_cannot_be_learned_is_named() {
         let folder = tempfile::tempdir().unwrap();
         fs::write(folder.path().join("a.txt"), "\n\n").unwrap();
-        let config = |size| VocabularyConfig { paths: vec![folder.path().join("a.txt")], size };
+        let (paths, bad_lines) = (vec![folder.path().join("a.txt")], BadLines::Fatal);
+        let config = |size| VocabularyConfig { paths: paths.clone(), size, bad_lines };
         let small = train_vocabulary(&config(100), folder.path()).unwrap_err().to_string();
         assert!(small.starts_with("vocabulary is 100; a vocabulary has from 259"), "{small}");
         let empty = train_vocabulary(&config(300), folder.path()).unwrap_err().to_string();
-        assert_eq!(empty, "there is no text to learn a vocabulary from");
+        assert!(
+            empty.contains("no text to learn a vocabulary from in ") && empty.contains("a.txt; name"),
+            "{empty}"
+        );
+        // Not that there is no text: what is wrong with it.
+        fs::write(&paths[0], b"caf\xe9 au lait\n").unwrap();
+        let latin = train_vocabulary(&config(300), folder.path()).unwrap_err().to_string();
+        assert!(
+            latin.contains("a.txt:1: not UTF-8 text: byte 4") && latin.contains("bad_lines = "),
+            "{latin}"
+        );
     }
 }

@@ -94,7 +94,7 @@ fn job(mut file: Section<'_>, source: &str, beside: &Path, problems: &mut Vec<Pr
         let checkpoints = Checkpoints {
             every: s.get("every", default.every, problems, whole(1, u64::from(u32::MAX))).value,
             keep: s.get("keep", default.keep as u32, problems, count(1, 1000)).value as usize,
-            location: s.get("location", None, problems, |value| text(value).map(Some)).value,
+            location: s.get("location", None, problems, |value| location(value).map(Some)).value,
         };
         s.finish(problems);
         checkpoints
@@ -117,6 +117,15 @@ fn job(mut file: Section<'_>, source: &str, beside: &Path, problems: &mut Vec<Pr
         save,
         gguf,
         prompts,
+    }
+}
+
+/// Where checkpoints go.
+fn location(value: &toml::de::DeValue<'_>) -> Result<String, Wrong> {
+    let location = text(value)?;
+    match crate::checkpoint::place(&location) {
+        Ok(_) => Ok(location),
+        Err(why) => Err((why, Some("like \"checkpoints\" or \"s3://bucket/prefix\"".into()))),
     }
 }
 

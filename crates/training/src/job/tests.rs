@@ -57,6 +57,8 @@ fn a_job_is_what_its_file_says() {
 fn what_cannot_be_meant_is_shown_with_its_place_and_cure() {
     for (from, to, said) in [
         ("workers = 2", "wrokers = 2", "did you mean `workers`?"),
+        ("[train]", "[checkpoints]\nlocation = \"s3://\"\n[train]", "this names no bucket"),
+        ("[train]", "[checkpoints]\nlocation = \"ftp://host/x\"\n[train]", "not to ftp://"),
         ("batch = 8", "batch = 9", "9 = 4 × 2 + 1"),
         ("steps = 10", "steps = 0", "must be from 1"),
         ("steps = 10", "steps = 10\nepochs = 1", "both `steps` and `epochs`"),
