@@ -2,8 +2,9 @@
 //! lie, signals, long hours.
 //!
 //! Each test starts its own process on the real model, found through `CONSORT_TEST_SMOLLM2` (`cargo xtask test`
-//! sets it). They take turns in two lanes ([`replica::Lane`]), so they want as many threads as there are tests, most of
-//! which wait: `cargo xtask test` gives them those. All are in one module, by which it tells them from other tests.
+//! sets it). They take turns in two lanes ([`replica::Lane`]), which run side by side. All are in one module, and those of
+//! the lane that mostly waits in one of their own, `jobs`: `cargo xtask test` runs each lane in a process of its own, so
+//! that a test's time is its own and not that of its turn.
 
 #![allow(clippy::unwrap_used, clippy::print_stdout)]
 
@@ -21,16 +22,22 @@ mod system {
     pub(crate) mod resume;
     pub(crate) mod rollout;
     pub(crate) mod scripted;
-    pub(crate) mod served;
     pub(crate) mod signals;
     pub(crate) mod steady;
-    pub(crate) mod train;
-    pub(crate) mod train_disk;
-    pub(crate) mod train_garbage;
-    pub(crate) mod train_metrics;
-    pub(crate) mod train_starters;
     pub(crate) mod up;
     pub(crate) mod watching;
+
+    /// Training jobs.
+    #[path = "."]
+    pub(crate) mod jobs {
+        pub(crate) mod served;
+        pub(crate) mod train;
+        pub(crate) mod train_disk;
+        pub(crate) mod train_garbage;
+        pub(crate) mod train_metrics;
+        pub(crate) mod train_starters;
+    }
 }
 
+use system::jobs::*;
 use system::*;

@@ -58,7 +58,16 @@ pub(crate) fn logged(command: &mut Command, log: &Path) -> Result<()> {
 }
 
 /// Runs to the end, passing each line of stdout on and showing it to `see`.
-pub(crate) fn watched(command: &mut Command, mut see: impl FnMut(&str)) -> Result<()> {
+pub(crate) fn watched(command: &mut Command, see: impl FnMut(&str)) -> Result<()> {
+    watched_as(command, str::to_owned, see)
+}
+
+/// The same, passing each line on as `show` has it.
+pub(crate) fn watched_as(
+    command: &mut Command,
+    mut show: impl FnMut(&str) -> String,
+    mut see: impl FnMut(&str),
+) -> Result<()> {
     let mut child = command
         .stdout(Stdio::piped())
         .spawn()
@@ -67,7 +76,7 @@ pub(crate) fn watched(command: &mut Command, mut see: impl FnMut(&str)) -> Resul
         for line in BufReader::new(stdout).split(b'\n') {
             let line = line?;
             let line = String::from_utf8_lossy(&line);
-            println!("{line}");
+            println!("{}", show(&line));
             see(&line);
         }
     }

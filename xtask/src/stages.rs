@@ -12,7 +12,7 @@ use std::time::Instant;
 use anyhow::{Context, Result, anyhow, bail};
 use clap::ValueEnum;
 
-use crate::command::{cargo, output, run, target_folder, watched};
+use crate::command::{cargo, output, run, target_folder, watched, watched_as};
 use crate::machine::{self, Machine};
 
 /// One part of the test run.
@@ -33,6 +33,9 @@ pub(crate) enum Stage {
     /// Runs every test: units, the real binary, the page in a browser, the OpenAI client.
     Tests,
 }
+
+/// A system test that takes so many seconds is shown with its time.
+const SLOW: f64 = 1.0;
 
 /// A model the tests run on.
 struct TestModel {
@@ -142,6 +145,13 @@ struct Tally {
 }
 
 impl Tally {
+    fn add(&mut self, other: &Tally) {
+        self.suites += other.suites;
+        self.passed += other.passed;
+        self.failed += other.failed;
+        self.ignored += other.ignored;
+    }
+
     /// Adds a line such as `test result: ok. 12 passed; 0 failed; 1 ignored; …`.
     fn see(&mut self, line: &str) {
         let Some((_, counts)) = line.strip_prefix("test result: ").and_then(|rest| rest.split_once(". "))
@@ -162,20 +172,47 @@ impl Tally {
     }
 }
 
-/// Threads for the system's tests: more than there are tests, which take turns by themselves.
-const SYSTEM_THREADS: &str = "256";
+/// The tests of the real processes, in two lanes that run side by side: real models, which want the machine, and training
+/// jobs, which mostly wait. In each, one test at a time.
+const LANES: [&[&str]; 2] = [&["system::jobs::"], &["system::", "--skip", "system::jobs::"]];
 
 fn run_tests(root: &Path, machine: &Machine, models: &[(&str, String)], tally: &mut Tally) -> Result<()> {
-    // The same packages both times: others would be built with other features.
-    let system = ["--test", "system", "--", "--test-threads", SYSTEM_THREADS];
-    for part in [&["--", "--skip", "system::"][..], &system] {
+    // The same packages each time: others would be built with other features.
+    let tests = || {
         let mut tests = cargo(root, ["test", "--workspace", "--locked"]);
-        tests.args(part);
         tests.env("CONSORT_TEST_PYTHON", &machine.python).env("CONSORT_TEST_CHROMIUM", &machine.chromium);
         tests.envs(models.iter().map(|(variable, path)| (variable, path)));
-        watched(&mut tests, |line| tally.see(line))?;
+        tests
+    };
+    watched(tests().args(["--", "--skip", "system::"]), |line| tally.see(line))?;
+    let lanes = LANES.map(|lane| {
+        let mut tests = tests();
+        tests.args(["--test", "system", "--", "--test-threads", "1"]).args(lane);
+        // Both are heard to their end: what is wrong in one lane says nothing of the other.
+        thread::spawn(move || {
+            let (mut tally, mut clock) = (Tally::default(), Instant::now());
+            let ended = watched_as(
+                &mut tests,
+                |line| {
+                    let took = clock.elapsed().as_secs_f64();
+                    clock = Instant::now();
+                    match line.starts_with("test ") && took >= SLOW {
+                        true => format!("{line} ({took:.1} s)"),
+                        false => line.to_owned(),
+                    }
+                },
+                |line| tally.see(line),
+            );
+            (ended, tally)
+        })
+    });
+    let mut ended = Ok(());
+    for lane in lanes {
+        let (result, counts) = lane.join().map_err(|_| anyhow!("reading the tests' output panicked"))?;
+        tally.add(&counts);
+        ended = ended.and(result);
     }
-    Ok(())
+    ended
 }
 
 #[cfg(test)]
