@@ -39,6 +39,7 @@ mod error;
 mod flow;
 mod group;
 pub mod link;
+mod lobby;
 mod mesh;
 mod net;
 mod pending;

@@ -25,12 +25,11 @@ use rustls::ServerConfig;
 use crate::auth::{self, Key, Purpose, STATEMENT};
 use crate::element::{Element, bytes_of, bytes_of_mut};
 use crate::error::Error;
-use crate::net::{Interest, Listener, Stream, TlsStream, connect_tcp, poll};
+use crate::lobby::{Lobby, Stranger};
+use crate::net::{Interest, Listener, Stream, TlsStream, connect_tcp, poll, without_descriptors};
 use crate::tls::{self, Authority};
 
 const HANDSHAKE: Duration = Duration::from_secs(5);
-/// Connections that have proved nothing yet; more are closed at once.
-const HANDSHAKES: usize = 64;
 /// Bytes of a head, at most.
 const HEAD_BYTES: usize = 1 << 20;
 /// Memory that a promised body gets before its bytes are there.
@@ -161,7 +160,7 @@ struct Door {
 
 impl Door {
     fn run(self) {
-        let strangers = Arc::new(());
+        let lobby = Arc::new(Lobby::default());
         let mut threads: Vec<JoinHandle<()>> = Vec::new();
         let mut next = 1;
         let mut ready = Vec::new();
@@ -173,9 +172,18 @@ impl Door {
             if ready.get(1) == Some(&true) {
                 break;
             }
-            let Ok(stream) = self.listener.accept() else { continue };
-            if threads.len() >= self.limits.connections || Arc::strong_count(&strangers) > HANDSHAKES {
-                tracing::warn!(peer = %stream.peer(), "closed a connection: too many at once");
+            let entered = self.listener.accept().and_then(|stream| Ok((lobby.enter(&stream)?, stream)));
+            let (stranger, stream) = match entered {
+                Ok(entered) => entered,
+                Err(error) => {
+                    without_descriptors(&error);
+                    continue;
+                }
+            };
+            if threads.len() >= self.limits.connections {
+                if lobby.worth_a_line() {
+                    tracing::warn!(peer = %stream.peer(), "closed a connection: too many at once");
+                }
                 continue;
             }
             let guest = Guest {
@@ -185,7 +193,8 @@ impl Door {
                 limits: self.limits,
                 service: Arc::clone(&self.service),
                 open: Arc::clone(&self.open),
-                stranger: Arc::clone(&strangers),
+                lobby: Arc::clone(&lobby),
+                stranger,
             };
             next += 1;
             match std::thread::Builder::new().name("link-answers".into()).spawn(move || guest.run(stream)) {
@@ -193,6 +202,7 @@ impl Door {
                 Err(error) => tracing::warn!(%error, "cannot serve a connection"),
             }
         }
+        lobby.clear();
         lock(&self.open).take().iter().flat_map(HashMap::values).for_each(|stream| stream.hang_up());
         for thread in threads {
             let _ = thread.join();
@@ -207,13 +217,13 @@ struct Guest {
     limits: Limits,
     service: Arc<dyn Service>,
     open: Open,
-    /// Counts those who have not proved anything yet.
-    stranger: Arc<()>,
+    lobby: Arc<Lobby>,
+    stranger: Stranger,
 }
 
 impl Guest {
     fn run(self, stream: Stream) {
-        let Guest { id, key, tls, limits, service, open, stranger } = self;
+        let Guest { id, key, tls, limits, service, open, lobby, stranger } = self;
         let (peer, deadline) = (stream.peer(), Instant::now() + HANDSHAKE);
         let greet = || {
             stream.set_nonblocking(false)?;
@@ -231,7 +241,9 @@ impl Guest {
                 return;
             }
             Err(error) => {
-                tracing::warn!(%peer, %error, "refused a stranger");
+                if lobby.worth_a_line() {
+                    tracing::warn!(%peer, %error, "refused a stranger");
+                }
                 let reason = format!("it didn't prove that it belongs to the job ({error})");
                 service.refused(&peer, &reason);
                 return;
@@ -404,6 +416,7 @@ pub fn numbers<T: Element + Default>(bytes: &[u8]) -> Option<Vec<T>> {
 
 #[cfg(test)]
 mod tests {
+    use std::io::Read as _;
     use std::net::TcpStream;
     use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -485,6 +498,25 @@ mod tests {
         assert_eq!(refused.iter().filter(|r| r.contains("didn't prove")).count(), 2, "{refused:?}");
         assert_eq!(refused.iter().filter(|r| r.contains("at most")).count(), 2, "{refused:?}");
         assert!(numbers::<f32>(&[0; 7]).is_none());
+    }
+
+    /// Once 64 connections that said nothing kept everybody else out for five seconds, and could begin anew then.
+    #[test]
+    fn silent_strangers_keep_nobody_out() {
+        let echo = Arc::new(Echo::default());
+        let service =
+            Answering::listen("127.0.0.1:0", TOKEN, Limits::new(100), Arc::clone(&echo) as _).unwrap();
+        let address = service.address().to_string();
+        let silent: Vec<TcpStream> = (0..200).map(|_| TcpStream::connect(&address).unwrap()).collect();
+        for _ in 0..3 {
+            assert!(Link::connect(&address, TOKEN, 100, soon()).unwrap().ask(b"abc", &[], soon()).is_ok());
+        }
+        // Those who had to go were closed; who came last waits still.
+        (&silent[0]).read_exact(&mut [0]).unwrap_err();
+        silent[199].set_nonblocking(true).unwrap();
+        assert_eq!((&silent[199]).read(&mut [0]).unwrap_err().kind(), ErrorKind::WouldBlock);
+        drop(service);
+        assert_eq!(echo.refused.lock().unwrap().len(), 0, "who says nothing isn't worth a word");
     }
 
     #[test]

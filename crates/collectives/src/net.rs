@@ -285,6 +285,16 @@ pub(crate) fn connect_tcp(address: &str, deadline: Instant) -> io::Result<Stream
     Err(last)
 }
 
+/// What an accept that fails costs: nothing, where a client was gone already; a pause, where the process has no descriptors
+/// left. The connection stays at the door then, and asking again at once would take a core until one is closed.
+pub(crate) fn without_descriptors(error: &io::Error) {
+    if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::ConnectionAborted) {
+        return;
+    }
+    tracing::debug!(%error, "a connection can't be taken");
+    std::thread::sleep(Duration::from_millis(50));
+}
+
 /// Connects to a Unix socket of the abstract namespace.
 #[cfg(target_os = "linux")]
 pub(crate) fn connect_local(name: &str) -> io::Result<Stream> {

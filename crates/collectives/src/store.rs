@@ -20,7 +20,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::auth::{self, Key, Purpose, STATEMENT};
 use crate::error::Error;
-use crate::net::{Interest, Listener, Stream, TlsStream, connect_tcp, poll};
+use crate::lobby::{Lobby, Stranger};
+use crate::net::{Interest, Listener, Stream, TlsStream, connect_tcp, poll, without_descriptors};
 use crate::rendezvous::{Command, Event, MemberId, Policy, Rendezvous};
 use crate::tls::{self, Authority};
 use crate::transport::TransportKind;
@@ -32,8 +33,6 @@ const TICK: Duration = Duration::from_millis(20);
 const ABSENT: Duration = Duration::from_secs(1);
 /// How long telling one member of its epoch may take.
 const TELLING: Duration = Duration::from_secs(1);
-/// Connections that have proved nothing yet; more are closed at once.
-const HANDSHAKES: usize = 64;
 /// Bytes of what members leave for those who come too late.
 const NOTE_BYTES: usize = 64 << 10;
 
@@ -214,7 +213,7 @@ struct Door {
 impl Door {
     fn run(self) {
         let inside = Arc::new(());
-        let strangers = Arc::new(());
+        let lobby = Arc::new(Lobby::default());
         let mut next: MemberId = 1;
         let mut ready = Vec::new();
         loop {
@@ -225,22 +224,27 @@ impl Door {
                 &mut ready,
             );
             if ready.get(1) == Some(&true) {
-                return;
+                return lobby.clear();
             }
-            let Ok(stream) = self.listener.accept() else { continue };
-            let full = match (Arc::strong_count(&inside), Arc::strong_count(&strangers)) {
-                (members, _) if members > self.max_connections => Some("members"),
-                (_, greeting) if greeting > HANDSHAKES => Some("handshakes"),
-                _ => None,
+            let entered = self.listener.accept().and_then(|stream| Ok((lobby.enter(&stream)?, stream)));
+            let (stranger, stream) = match entered {
+                Ok(entered) => entered,
+                Err(error) => {
+                    without_descriptors(&error);
+                    continue;
+                }
             };
-            if let Some(what) = full {
-                tracing::warn!(peer = %stream.peer(), "closed a connection to the store: too many {what} at once");
+            if Arc::strong_count(&inside) > self.max_connections {
+                if lobby.worth_a_line() {
+                    tracing::warn!(peer = %stream.peer(), "closed a connection to the store: too many at once");
+                }
                 continue;
             }
             let greeting = Greeting {
                 key: self.key.clone(),
                 tls: Arc::clone(&self.tls),
-                stranger: Arc::clone(&strangers),
+                lobby: Arc::clone(&lobby),
+                stranger,
             };
             let (id, news, inside) = (next, self.news.clone(), Arc::clone(&inside));
             next += 1;
@@ -261,13 +265,14 @@ impl Door {
 struct Greeting {
     key: Key,
     tls: Arc<ServerConfig>,
-    /// Counts those who have not proved anything yet.
-    stranger: Arc<()>,
+    lobby: Arc<Lobby>,
+    stranger: Stranger,
 }
 
 impl Greeting {
     fn run(self, stream: Stream) -> Option<Stream> {
         let _stranger = self.stranger;
+        let lobby = self.lobby;
         let (peer, deadline) = (stream.peer(), Instant::now() + HANDSHAKE);
         let greet = || {
             stream.set_nonblocking(false)?;
@@ -281,7 +286,9 @@ impl Greeting {
         match greet() {
             Ok(stream) => Some(stream),
             Err(error) => {
-                tracing::warn!(%peer, %error, "refused a stranger at the store");
+                if lobby.worth_a_line() {
+                    tracing::warn!(%peer, %error, "refused a stranger at the store");
+                }
                 None
             }
         }
@@ -638,6 +645,19 @@ mod tests {
         }
         store.reopen();
         assert!(member(&store).join(&introduction(), deadline).is_ok());
+    }
+
+    /// Once 64 connections that said nothing kept members out for five seconds, and could begin anew then.
+    #[test]
+    fn silent_strangers_keep_no_member_out() {
+        let store = Store::listen("127.0.0.1:0", TOKEN, StoreOptions::new(1)).unwrap();
+        let silent: Vec<_> =
+            (0..200).map(|_| std::net::TcpStream::connect(store.address()).unwrap()).collect();
+        member(&store);
+        // It took the place of the first of them, and didn't wait for the end of the others' time.
+        let last = &silent[199];
+        last.set_nonblocking(true).unwrap();
+        assert_eq!((&*last).read(&mut [0]).unwrap_err().kind(), io::ErrorKind::WouldBlock);
     }
 
     /// A member that knows the token and lies: it is hung up on, and nothing is allocated by its numbers.
