@@ -29,6 +29,8 @@ impl Gateway {
         for upstream in upstreams {
             command.args(["--upstream", &format!("http://{upstream}")]);
         }
+        // Of each fault that a test brings about it would say a word.
+        command.env("CONSORT_LOG", "error");
         let child = command.stdin(Stdio::null()).stdout(Stdio::null()).spawn().unwrap();
         let gateway = Gateway { child, address };
         gateway.await_that("the gateway is ready", |gateway| {

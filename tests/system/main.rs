@@ -3,7 +3,7 @@
 //!
 //! Each test starts its own process on the real model, found through `CONSORT_TEST_SMOLLM2` (`cargo xtask test`
 //! sets it). They take turns in two lanes ([`replica::Lane`]), which run side by side. All are in one module, and those of
-//! the lane that mostly waits in one of their own, `jobs`: `cargo xtask test` runs each lane in a process of its own, so
+//! the lane that mostly waits in one of their own, `waits`: `cargo xtask test` runs each lane in a process of its own, so
 //! that a test's time is its own and not that of its turn.
 
 #![allow(clippy::unwrap_used, clippy::print_stdout)]
@@ -27,10 +27,11 @@ mod system {
     pub(crate) mod up;
     pub(crate) mod watching;
 
-    /// Training jobs.
+    /// Mostly training jobs.
     #[path = "."]
-    pub(crate) mod jobs {
+    pub(crate) mod waits {
         pub(crate) mod served;
+        pub(crate) mod slow;
         pub(crate) mod train;
         pub(crate) mod train_disk;
         pub(crate) mod train_garbage;
@@ -39,5 +40,5 @@ mod system {
     }
 }
 
-use system::jobs::*;
+use system::waits::*;
 use system::*;

@@ -1,6 +1,7 @@
 //! One answer of many replicas: whatever happens to the replica that gives it, and at whichever token, the client's
 //! bytes are those of an undisturbed run.
 
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 
 use serde_json::{Value, json};
@@ -73,15 +74,18 @@ fn check_every_place(path: &str, turn: usize, body: Value) {
     assert!(undisturbed.len() > TOKENS / 2, "too short to say anything: {undisturbed:?}");
     assert!(undisturbed[undisturbed.len() - 2].contains(&format!("\"completion_tokens\":{TOKENS}")));
     assert_eq!(events(fleet.gateway.address, path, &body), undisturbed, "before any fault");
-    let places: Vec<usize> = (0..undisturbed.len()).collect();
-    for beside in places.chunks(BESIDE) {
-        thread::scope(|scope| {
-            for place in beside {
-                let (fleet, body, undisturbed) = (&fleet, &body, &undisturbed);
-                scope.spawn(move || check_place(fleet, path, body, undisturbed, *place, turn));
+    // Each takes the next place when it has done its own: one that waits out a silence holds no other up.
+    let next = AtomicUsize::new(0);
+    let check = || {
+        loop {
+            let place = next.fetch_add(1, Ordering::Relaxed);
+            if place >= undisturbed.len() {
+                return;
             }
-        });
-    }
+            check_place(&fleet, path, &body, &undisturbed, place, turn);
+        }
+    };
+    thread::scope(|scope| (0..BESIDE).for_each(|_| drop(scope.spawn(check))));
 }
 
 fn check_place(fleet: &Fleet, path: &str, body: &Value, undisturbed: &[String], place: usize, turn: usize) {

@@ -44,7 +44,12 @@ pub(crate) fn model() -> PathBuf {
 
 /// Starts a replica with these further arguments and waits until it is ready.
 pub(crate) fn serve(arguments: &[&str]) -> Replica {
-    let guard = turn(Lane::Models);
+    serve_in(Lane::Models, arguments)
+}
+
+/// The same, in this lane's turn.
+pub(crate) fn serve_in(lane: Lane, arguments: &[&str]) -> Replica {
+    let guard = turn(lane);
     let mut replica = start(arguments);
     replica.machine = Some(guard);
     replica

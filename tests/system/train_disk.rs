@@ -7,7 +7,7 @@ use std::process::Command;
 
 use rustix::process::Signal;
 
-use crate::train::{Place, STEPS, expected, send};
+use crate::train::{Place, STEPS, Training, expected, send};
 
 /// A file system of its own.
 struct Disk(tempfile::TempDir);
@@ -70,18 +70,40 @@ fn around_servers(disk: &Disk) -> Place {
     place
 }
 
+const HELD: &str = "the last checkpoint, of step 60, can't be written: ";
+
+/// Hears of a job that no checkpoint finds room, and that its weights wait for it.
+fn hear_that_they_wait(training: &mut Training) {
+    training.hear("step 25 was not written, the job goes on: ");
+    let line = training.hear(HELD);
+    assert!(line.contains("No space left") && line.contains(" are free there"), "{line}");
+}
+
+/// Asks a job whose weights wait to give them up; what it then said.
+fn given_up(place: &Place) -> String {
+    let mut training = place.train(&["--workers", "2"]);
+    training.hear(HELD);
+    training.signal(Signal::INT);
+    training.hear("giving up the weights that can't be written");
+    let ended = training.end();
+    assert_eq!(ended.status.code(), Some(1), "{}", ended.errors);
+    ended.errors
+}
+
+fn ends_with(training: Training, expected: &str) {
+    let ended = training.end();
+    assert_eq!(ended.weights(), expected, "{}", ended.errors);
+}
+
 #[test]
 fn weights_wait_until_a_full_disk_has_room() {
     let expected = expected();
     let disk = Disk::new(6);
     let place = place(&disk);
     let mut training = place.train(&["--json", "--workers", "2"]);
-    training.hear("step 25 was not written, the job goes on: ");
-    let line = training.hear("the last checkpoint, of step 60, can't be written: ");
-    assert!(line.contains("No space left") && line.contains(" are free there"), "{line}");
+    hear_that_they_wait(&mut training);
     disk.free();
-    let ended = training.end();
-    assert_eq!(ended.weights(), expected, "{}", ended.errors);
+    ends_with(training, expected);
 }
 
 /// Around servers the launcher has all weights by then, so that nobody else is needed for them.
@@ -92,27 +114,18 @@ fn weights_around_servers_wait_too_whoever_is_killed_meanwhile() {
     let place = around_servers(&disk);
     let mut training = place.train(&["--json", "--workers", "2"]);
     let servers = ["server 0", "server 1"].map(|server| training.process(server));
-    training.hear("step 25 was not written, the job goes on: ");
-    let line = training.hear("the last checkpoint, of step 60, can't be written: ");
-    assert!(line.contains("No space left") && line.contains(" are free there"), "{line}");
+    hear_that_they_wait(&mut training);
     servers.iter().for_each(|pid| send(*pid, Signal::KILL));
     training.hear(&format!("server 1 (process {}) was killed", servers[1]));
     disk.free();
-    let ended = training.end();
-    assert_eq!(ended.weights(), expected, "{}", ended.errors);
+    ends_with(training, expected);
 }
 
 #[test]
 fn weights_around_servers_are_given_up_with_a_word() {
     let disk = Disk::new(6);
-    let place = around_servers(&disk);
-    let mut training = place.train(&["--workers", "2"]);
-    training.hear("the last checkpoint, of step 60, can't be written: ");
-    training.signal(Signal::INT);
-    training.hear("giving up the weights that can't be written");
-    let ended = training.end();
-    assert_eq!(ended.status.code(), Some(1), "{}", ended.errors);
-    assert!(ended.errors.contains("take the missing steps again with: consort train "), "{}", ended.errors);
+    let said = given_up(&around_servers(&disk));
+    assert!(said.contains("take the missing steps again with: consort train "), "{said}");
 }
 
 /// The workers that took the last step are killed, the one among them that kept the weights; with those everything is gone
@@ -124,31 +137,23 @@ fn weights_that_are_killed_while_they_wait_are_trained_again() {
     let place = place(&disk);
     let mut training = place.train(&["--json", "--workers", "2"]);
     let workers = [training.pid(0), training.pid(1)];
-    training.hear("the last checkpoint, of step 60, can't be written: ");
+    training.hear(HELD);
     disk.free();
     // One of them has ended.
     for pid in workers {
         let _ = Command::new("kill").args(["-KILL", &pid.to_string()]).output();
     }
-    let ended = training.end();
-    assert_eq!(ended.weights(), expected, "{}", ended.errors);
+    ends_with(training, expected);
 }
 
 #[test]
 fn weights_that_nobody_makes_room_for_are_given_up_with_a_word() {
     let disk = Disk::new(6);
     let place = place(&disk);
-    let mut training = place.train(&["--workers", "2"]);
-    training.hear("the last checkpoint, of step 60, can't be written: ");
-    training.signal(Signal::INT);
-    training.hear("giving up the weights that can't be written");
-    let ended = training.end();
-    assert_eq!(ended.status.code(), Some(1), "{}", ended.errors);
-    let cure = format!(
-        "take the missing steps again with: consort train {} --workers 2 --resume",
-        place.job().display()
-    );
-    assert!(ended.errors.contains(&cure), "{}", ended.errors);
+    let said = given_up(&place);
+    let job = place.job().display().to_string();
+    let cure = format!("take the missing steps again with: consort train {job} --workers 2 --resume");
+    assert!(said.contains(&cure), "{said}");
 }
 
 #[test]

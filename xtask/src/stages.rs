@@ -174,7 +174,7 @@ impl Tally {
 
 /// The tests of the real processes, in two lanes that run side by side: real models, which want the machine, and training
 /// jobs, which mostly wait. In each, one test at a time.
-const LANES: [&[&str]; 2] = [&["system::jobs::"], &["system::", "--skip", "system::jobs::"]];
+const LANES: [&[&str]; 2] = [&["system::waits::"], &["system::", "--skip", "system::waits::"]];
 
 fn run_tests(root: &Path, machine: &Machine, models: &[(&str, String)], tally: &mut Tally) -> Result<()> {
     // The same packages each time: others would be built with other features.

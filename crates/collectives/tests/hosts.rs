@@ -18,6 +18,28 @@ fn worker_process() {
     common::worker::live();
 }
 
+/// The ranks of workers that have met, over this transport.
+fn joined(workers: &mut [Worker], transport: &str) -> Vec<String> {
+    let rank = |worker: &mut Worker| {
+        let words = worker.says("joined");
+        let (rank, over) = words.split_once(' ').unwrap();
+        assert!(over.ends_with(transport), "{words}");
+        rank.to_owned()
+    };
+    workers.iter_mut().map(rank).collect()
+}
+
+/// What a worker says of a peer that it lost, within the limit for silence.
+fn failed(worker: &mut Worker, who: &str, struck: u128) -> String {
+    let words = worker.says("failed");
+    let (at, rest) = words.split_once(' ').unwrap();
+    let after = Duration::from_micros((at.parse::<u128>().unwrap() - struck) as u64);
+    println!("{who}: error {:.0} ms after the cut: {rest}", after.as_secs_f64() * 1e3);
+    // The limit, and generous room for a busy machine: a call's own deadline would be a minute.
+    assert!(after > SILENCE / 2 && after < SILENCE * 20, "{after:?}");
+    rest.to_owned()
+}
+
 /// Three hosts reduce over TLS, the default between hosts. One's cable is pulled: the other two name it within the limit
 /// for silence and go on; it notices that it is alone; plugged in again it comes back as a new member.
 #[test]
@@ -28,26 +50,15 @@ fn a_cut_cable_is_noticed_on_both_sides_the_rest_goes_on_and_the_host_comes_back
     let address = store.address().to_string();
     let mut workers: Vec<Worker> =
         (0..3).map(|host| Worker::start(&address, None, Some(&network.space(host)))).collect();
-    let ranks: Vec<String> = workers
-        .iter_mut()
-        .map(|worker| {
-            let words = worker.says("joined");
-            assert!(words.ends_with(" tls"), "between hosts: {words}");
-            words.split(' ').next().unwrap().to_owned()
-        })
-        .collect();
+    // The default between hosts.
+    let ranks = joined(&mut workers, "tls");
     let struck = clock_us();
     ip(&format!("link set {} down", network.cable(2)));
     for (host, worker) in workers.iter_mut().enumerate() {
-        let words = worker.says("failed");
-        let (at, rest) = words.split_once(' ').unwrap();
-        let after = Duration::from_micros((at.parse::<u128>().unwrap() - struck) as u64);
-        println!("host {host}: error {:.0} ms after the cut: {rest}", after.as_secs_f64() * 1e3);
+        let rest = failed(worker, &format!("host {host}"), struck);
         // Who has lost the cable may name either of the others.
         assert!(host == 2 || rest.starts_with(&format!("Some({})", ranks[2])), "{rest}");
         assert!(rest.contains("all_reduce (sum) of 200000 f32"), "{rest}");
-        // The limit, and generous room for a busy machine: a call's own deadline would be a minute.
-        assert!(after > SILENCE / 2 && after < SILENCE * 20, "{after:?}");
     }
     for worker in &mut workers[..2] {
         assert_eq!(worker.says("reformed"), "2 2 2");
@@ -79,24 +90,14 @@ fn a_cut_link_between_hosts_of_two_ranks_is_noticed_by_all_four() {
     let address = store.address().to_string();
     let mut workers: Vec<Worker> =
         (0..4).map(|worker| Worker::start(&address, None, Some(&network.space(worker / 2)))).collect();
-    let ranks: Vec<String> = workers
-        .iter_mut()
-        .map(|worker| {
-            let words = worker.says("joined");
-            assert!(words.ends_with(" mixed"), "two ranks on each of two hosts: {words}");
-            words.split(' ').next().unwrap().to_owned()
-        })
-        .collect();
+    // Two ranks on each of two hosts.
+    let ranks = joined(&mut workers, "mixed");
     let struck = clock_us();
     ip(&format!("link set {} down", network.cable(1)));
     for (index, worker) in workers.iter_mut().enumerate() {
-        let words = worker.says("failed");
-        let (at, rest) = words.split_once(' ').unwrap();
-        let after = Duration::from_micros((at.parse::<u128>().unwrap() - struck) as u64);
-        println!("rank {}: error {:.0} ms after the cut: {rest}", ranks[index], after.as_secs_f64() * 1e3);
+        let rest = failed(worker, &format!("rank {}", ranks[index]), struck);
         let there = if index < 2 { &ranks[2..] } else { &ranks[..2] };
         assert!(there.iter().any(|rank| rest.starts_with(&format!("Some({rank})"))), "{rest}");
-        assert!(after > SILENCE / 2 && after < SILENCE * 20, "{after:?}");
     }
     for worker in &mut workers[..2] {
         let words = worker.says("reformed");

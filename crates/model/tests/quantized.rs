@@ -27,22 +27,6 @@ const FLOAT_TOLERANCE: f32 = 1e-5;
 const BF16_TOLERANCE: f32 = 2e-3;
 const INT8_TOLERANCE: f32 = 1.5e-2;
 
-const TYPES: [DType; 13] = [
-    DType::F32,
-    DType::F16,
-    DType::BF16,
-    DType::Q4_0,
-    DType::Q4_1,
-    DType::Q5_0,
-    DType::Q5_1,
-    DType::Q8_0,
-    DType::Q2_K,
-    DType::Q3_K,
-    DType::Q4_K,
-    DType::Q5_K,
-    DType::Q6_K,
-];
-
 /// Valid blocks of a type with random contents whose values are about ±`spread`.
 fn random_blocks(dtype: DType, values: usize, spread: f32, random: &mut Random) -> Vec<u8> {
     let mut bytes = Vec::new();
@@ -109,7 +93,7 @@ fn relative_difference(got: &[f32], want: &[f32]) -> f32 {
 
 #[test]
 fn every_tensor_type_runs_as_its_values_would() {
-    for (number, dtype) in TYPES.into_iter().enumerate() {
+    for (number, dtype) in DType::ALL.into_iter().enumerate() {
         let mut random = Random(number as u64 + 1);
         let mut matrices = Vec::new();
         let stored = llama(SHAPE, |w, name, rows, cols| {

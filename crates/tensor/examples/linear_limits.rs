@@ -27,22 +27,6 @@ const KV: usize = 192;
 const HIDDEN: usize = 1536;
 const VOCAB: usize = 49152;
 
-const TYPES: [DType; 13] = [
-    DType::Q4_0,
-    DType::Q4_1,
-    DType::Q5_0,
-    DType::Q5_1,
-    DType::Q8_0,
-    DType::Q2_K,
-    DType::Q3_K,
-    DType::Q4_K,
-    DType::Q5_K,
-    DType::Q6_K,
-    DType::BF16,
-    DType::F16,
-    DType::F32,
-];
-
 struct Layer {
     query: Matrix,
     key: Matrix,
@@ -76,7 +60,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         "{:6} {:>5} {:>9} {:>7} {:>6} {:>8} {:>6}",
         "type", "rows", "ms", "GB/s", "% mem", "Gop/s", "% peak"
     );
-    for dtype in TYPES {
+    for dtype in DType::ALL {
         if wanted.is_empty() || wanted.iter().any(|name| name == dtype.name()) {
             measure(&pool, dtype, read, peaks)?;
         }

@@ -20,6 +20,23 @@ pub enum DType {
 }
 
 impl DType {
+    /// All of them: plain floats, blocks of 32, blocks of 256.
+    pub const ALL: [DType; 13] = [
+        DType::F32,
+        DType::F16,
+        DType::BF16,
+        DType::Q4_0,
+        DType::Q4_1,
+        DType::Q5_0,
+        DType::Q5_1,
+        DType::Q8_0,
+        DType::Q2_K,
+        DType::Q3_K,
+        DType::Q4_K,
+        DType::Q5_K,
+        DType::Q6_K,
+    ];
+
     /// The name model files and error messages use.
     pub fn name(self) -> &'static str {
         match self {

@@ -7,22 +7,6 @@ use crate::matrix::{InputKind, Numerics};
 use crate::quant::dequantize;
 use crate::test_support::{bits, pools, uniform};
 
-pub(crate) const TYPES: [DType; 13] = [
-    DType::F32,
-    DType::F16,
-    DType::BF16,
-    DType::Q4_0,
-    DType::Q4_1,
-    DType::Q5_0,
-    DType::Q5_1,
-    DType::Q8_0,
-    DType::Q2_K,
-    DType::Q3_K,
-    DType::Q4_K,
-    DType::Q5_K,
-    DType::Q6_K,
-];
-
 /// A fixed sequence of bytes that looks random.
 fn noise(seed: u64, len: usize) -> Vec<u8> {
     let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
@@ -97,7 +81,7 @@ fn shapes(dtype: DType) -> Vec<(usize, usize)> {
 
 #[test]
 fn agrees_with_f64() {
-    for dtype in TYPES {
+    for dtype in DType::ALL {
         for (rows, cols) in shapes(dtype) {
             let bytes = weights(dtype, 7, rows * cols);
             let mut plain = vec![0.0; rows * cols];
@@ -129,7 +113,7 @@ fn agrees_with_f64() {
 
 #[test]
 fn rows_are_independent_of_company_threads_and_family() {
-    for dtype in TYPES {
+    for dtype in DType::ALL {
         let (rows, cols) = *shapes(dtype).last().unwrap();
         let bytes = weights(dtype, 11, rows * cols);
         let x = uniform(5, 90 * cols);
@@ -153,7 +137,7 @@ fn rows_are_independent_of_company_threads_and_family() {
 
 #[test]
 fn a_packed_row_is_the_files_row() {
-    for dtype in TYPES {
+    for dtype in DType::ALL {
         for (rows, cols) in shapes(dtype) {
             let bytes = weights(dtype, 13, rows * cols);
             let mut plain = vec![0.0; rows * cols];
