@@ -9,7 +9,6 @@
 
 use std::collections::VecDeque;
 use std::io;
-use std::net::TcpStream;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -21,7 +20,7 @@ pub(crate) const ROOM: usize = 64;
 /// The connections of one listener that are yet to prove themselves.
 #[derive(Debug, Default)]
 pub(crate) struct Lobby {
-    waiting: Mutex<VecDeque<(u64, TcpStream)>>,
+    waiting: Mutex<VecDeque<(u64, Stream)>>,
     entered: AtomicU64,
     refused: AtomicU64,
 }
@@ -39,17 +38,20 @@ impl Lobby {
     /// # Errors
     /// Where the system has no second descriptor for it.
     pub(crate) fn enter(self: &Arc<Self>, stream: &Stream) -> io::Result<Stranger> {
-        let Stream::Tcp(tcp) = stream else { return Err(io::ErrorKind::Unsupported.into()) };
-        let tcp = tcp.try_clone()?;
+        let handle = match stream {
+            Stream::Tcp(tcp) => Stream::Tcp(tcp.try_clone()?),
+            Stream::Unix(unix) => Stream::Unix(unix.try_clone()?),
+            Stream::Tls(_) => return Err(io::ErrorKind::Unsupported.into()),
+        };
         let number = self.entered.fetch_add(1, Ordering::Relaxed);
         let mut waiting = self.waiting();
         if waiting.len() >= ROOM
             && let Some((_, oldest)) = waiting.pop_front()
         {
-            // Its thread wakes up and ends. One that is closed already needs nothing.
-            let _ = oldest.shutdown(std::net::Shutdown::Both);
+            // Its thread wakes up and ends.
+            oldest.hang_up();
         }
-        waiting.push_back((number, tcp));
+        waiting.push_back((number, handle));
         Ok(Stranger { lobby: Arc::clone(self), number })
     }
 
@@ -61,13 +63,10 @@ impl Lobby {
 
     /// Sends everybody away.
     pub(crate) fn clear(&self) {
-        for (_, tcp) in self.waiting().drain(..) {
-            // One that is closed already needs nothing.
-            let _ = tcp.shutdown(std::net::Shutdown::Both);
-        }
+        self.waiting().drain(..).for_each(|(_, stream)| stream.hang_up());
     }
 
-    fn waiting(&self) -> MutexGuard<'_, VecDeque<(u64, TcpStream)>> {
+    fn waiting(&self) -> MutexGuard<'_, VecDeque<(u64, Stream)>> {
         self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -81,7 +80,7 @@ impl Drop for Stranger {
 #[cfg(test)]
 mod tests {
     use std::io::Read as _;
-    use std::net::TcpListener;
+    use std::net::{TcpListener, TcpStream};
 
     use super::*;
 

@@ -5,16 +5,18 @@
 //! connection's number, so a member of an old epoch, a stranger or a port scanner ends in a log line and nothing else.
 //! Cost: n−1 handshakes a connection number and rank, in parallel.
 
+use std::io::ErrorKind;
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
 use crate::auth::{self, Key, Purpose, STATEMENT};
 use crate::error::Error;
-use crate::net::{Interest, Listener, Stream, TlsStream, poll};
+use crate::lobby::{self, Lobby};
+use crate::net::{Interest, Listener, Stream, TlsStream, poll, without_descriptors};
 use crate::tls::{self, Identity};
 
-/// Handshakes that may run at once; more connections wait in the system's queue.
-const HANDSHAKES: usize = 64;
+/// Threads that greet: some of those whom the lobby has sent away are yet to end.
+const GREETERS: usize = 4 * lobby::ROOM;
 /// How long one handshake may take.
 const HANDSHAKE: Duration = Duration::from_secs(5);
 
@@ -37,6 +39,15 @@ pub(crate) struct Mesh<'a> {
 /// For each rank, its connections in the order of their numbers; `None` for this rank, and where there are none.
 pub(crate) type Links = Vec<Option<Vec<Stream>>>;
 
+/// Sends everybody away who is still in the lobby, in the end.
+struct Leaving<'a>(&'a Lobby);
+
+impl Drop for Leaving<'_> {
+    fn drop(&mut self) {
+        self.0.clear();
+    }
+}
+
 impl Mesh<'_> {
     /// Connects to everyone. `dial` opens a socket to a rank.
     pub(crate) fn connect(&self, dial: impl Fn(usize) -> std::io::Result<Stream>) -> Result<Links, Error> {
@@ -57,8 +68,11 @@ impl Mesh<'_> {
             }
         }
         self.listener.set_nonblocking().map_err(|e| Error::system("listen for peers", &e))?;
-        let (done, arrivals) = mpsc::sync_channel::<Option<(Stream, [u8; STATEMENT])>>(HANDSHAKES);
+        let (done, arrivals) = mpsc::sync_channel::<Option<(Stream, [u8; STATEMENT])>>(GREETERS);
+        let lobby = Arc::new(Lobby::default());
         std::thread::scope(|scope| {
+            // Whoever says nothing isn't waited for, once those who matter are here or the time is over.
+            let _leaving = Leaving(&lobby);
             let mut running = 0;
             while missing > 0 {
                 let left = self.deadline.saturating_duration_since(Instant::now());
@@ -76,15 +90,22 @@ impl Mesh<'_> {
                 // While handshakes run, their ends are looked at often.
                 let nap = if running == 0 { left } else { Duration::from_millis(1) };
                 poll(&[interest], nap.min(left), &mut ready);
-                if running < HANDSHAKES
-                    && let Ok(stream) = self.listener.accept()
-                {
-                    running += 1;
-                    let done = done.clone();
-                    scope.spawn(move || {
-                        // The scope's end closes the channel's other side at the earliest after this.
-                        let _ = done.send(self.greet(stream));
-                    });
+                let entered = || {
+                    let stream = self.listener.accept()?;
+                    Ok((lobby.enter(&stream)?, stream))
+                };
+                match if running < GREETERS { entered() } else { Err(ErrorKind::WouldBlock.into()) } {
+                    Ok((stranger, stream)) => {
+                        running += 1;
+                        let (done, lobby) = (done.clone(), &lobby);
+                        scope.spawn(move || {
+                            let welcomed = self.greet(stream, lobby);
+                            drop(stranger);
+                            // There is room for the words of all of them, so the scope's end waits for nobody.
+                            let _ = done.send(welcomed);
+                        });
+                    }
+                    Err(error) => without_descriptors(&error),
                 }
                 while let Ok(arrival) = arrivals.try_recv() {
                     running -= 1;
@@ -150,13 +171,16 @@ impl Mesh<'_> {
         Ok((stream, statement))
     }
 
-    fn greet(&self, stream: Stream) -> Option<(Stream, [u8; STATEMENT])> {
+    fn greet(&self, stream: Stream, lobby: &Lobby) -> Option<(Stream, [u8; STATEMENT])> {
         let deadline = self.deadline.min(Instant::now() + HANDSHAKE);
         let peer = stream.peer();
         match self.welcome(stream, deadline) {
             Ok(welcomed) => Some(welcomed),
             Err(error) => {
-                tracing::warn!(%peer, %error, "refused a connection to this worker");
+                let stranger = matches!(error.kind(), ErrorKind::PermissionDenied | ErrorKind::InvalidData);
+                if stranger && lobby.worth_a_line() {
+                    tracing::warn!(%peer, %error, "refused a connection to this worker");
+                }
                 None
             }
         }
@@ -237,6 +261,38 @@ mod tests {
             assert!(links[1].as_ref().is_some_and(|link| link.len() == 1));
             drop((silent, rank_1));
         });
+    }
+
+    /// Once 64 connections that said nothing made everybody wait behind them, and each of them the whole epoch, for the time
+    /// of a handshake: this is over long before.
+    #[test]
+    fn silent_strangers_hold_no_rank_up() {
+        let deadline = Instant::now() + 2 * HANDSHAKE;
+        let (listener, address) = Listener::tcp("127.0.0.1:0").unwrap();
+        let key = Key::new(b"the token");
+        let mesh = Mesh {
+            epoch: 1,
+            rank: 0,
+            world_size: 2,
+            peers: &[0, 1],
+            connections: 1,
+            listener: &listener,
+            key: &key,
+            identity: None,
+            deadline,
+        };
+        let silent: Vec<TcpStream> = std::thread::scope(|scope| {
+            let waiting = scope.spawn(|| mesh.connect(|_| Err(ErrorKind::Unsupported.into())));
+            let silent = (0..4 * lobby::ROOM).map(|_| TcpStream::connect(address).unwrap()).collect();
+            let rank_1 = Stream::Tcp(TcpStream::connect(address).unwrap());
+            let statement = Mesh { rank: 1, ..mesh }.statement(1, 0, 0);
+            auth::connect(&rank_1, &key, Purpose::Mesh, &statement, deadline).unwrap();
+            assert!(waiting.join().unwrap().unwrap()[1].is_some());
+            silent
+        });
+        for mut stream in silent {
+            assert_eq!(stream.read(&mut [0]).unwrap_or(0), 0, "who said nothing is hung up on");
+        }
     }
 
     /// An error if the other side has hung up.
