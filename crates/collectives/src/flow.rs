@@ -1,6 +1,6 @@
 //! The engine: runs a schedule on a transport until it is done, or a deadline has passed, or a peer is lost.
 //!
-//! One loop over lanes (a peer and a direction). Each visit moves one segment at most, so that sending, receiving and
+//! One loop over lanes (one to each peer, one from each, and those of what is shared). Each visit moves one segment at most, so that sending, receiving and
 //! adding take turns and a segment is still in the cache when it is added. When a whole round moves nothing, the thread
 //! waits, and only then looks at the clock and at who is alive: a call that flows pays nothing for them.
 
@@ -10,8 +10,8 @@ use crate::call::{Call, Header, Operation};
 use crate::control::Control;
 use crate::element::Reducer;
 use crate::error::{Error, Fault, Where};
-use crate::schedule::{Action, Plan, Region, Span};
-use crate::transport::Transport;
+use crate::schedule::{Action, Plan, Region, Route, Span};
+use crate::transport::{Line, Transport};
 
 /// A wait longer than this is told to the peers, with what was called.
 const STALL: Duration = Duration::from_millis(20);
@@ -86,8 +86,10 @@ struct Patience {
     changes: u64,
     /// When a fault that bytes under way could still undo was first seen.
     doubt: Option<Instant>,
-    sends: Vec<usize>,
-    recvs: Vec<usize>,
+    sends: Vec<Line>,
+    recvs: Vec<Line>,
+    /// Whom those wait for.
+    peers: Vec<usize>,
 }
 
 impl Flow<'_> {
@@ -148,8 +150,8 @@ impl Flow<'_> {
         buffers: &mut Buffers<'_>,
     ) -> Result<(bool, bool), Stop> {
         let Some(index) = plan.front(lane) else {
-            return match plan.lanes[lane].peer {
-                Some((to, true)) => Ok((false, self.transport.flush(self.members[to])?)),
+            return match self.line(plan.lanes[lane].route) {
+                Some((to, true)) => Ok((false, self.transport.flush(to)?)),
                 _ => Ok((false, true)),
             };
         };
@@ -165,13 +167,17 @@ impl Flow<'_> {
             0
         } else {
             match action {
-                Action::Send(to) => self.transport.send(self.members[to], buffers.read(span))?,
-                Action::Recv(from) => self.transport.recv(self.members[from], buffers.write(span))?,
-                Action::RecvReduce(from) => {
+                Action::Send(to) => self.transport.send(self.pair(to), buffers.read(span))?,
+                Action::Share => self.transport.send(self.shared(self.rank), buffers.read(span))?,
+                Action::Recv(from) => self.transport.recv(self.pair(from), buffers.write(span))?,
+                Action::Take(from) => self.transport.recv(self.shared(from), buffers.write(span))?,
+                Action::RecvReduce(from) | Action::TakeReduce(from) => {
+                    let shared = matches!(action, Action::TakeReduce(_));
+                    let line = if shared { self.shared(from) } else { self.pair(from) };
                     let (width, reduce) = (buffers.width, buffers.reduce);
                     // Only whole elements may be ready, or the transport would cut one.
                     let span = Span { len: span.len / width * width, ..span };
-                    self.transport.recv_reduce(self.members[from], buffers.write(span), width, reduce)?
+                    self.transport.recv_reduce(line, buffers.write(span), width, reduce)?
                 }
                 Action::Copy(from) => {
                     let (into, from) = buffers.both(span, from);
@@ -191,24 +197,43 @@ impl Flow<'_> {
         moved |= bytes > 0 || finished;
         let done = finished
             && plan.front(lane).is_none()
-            && match plan.lanes[lane].peer {
-                Some((to, true)) => self.transport.flush(self.members[to])?,
+            && match self.line(plan.lanes[lane].route) {
+                Some((to, true)) => self.transport.flush(to)?,
                 _ => true,
             };
         Ok((moved, done))
     }
 
+    fn pair(&self, peer: usize) -> Line {
+        Line::Pair(self.members[peer])
+    }
+
+    fn shared(&self, from: usize) -> Line {
+        Line::Shared(self.members[from])
+    }
+
+    /// What a lane's bytes go over, and whether they go out.
+    fn line(&self, route: Route) -> Option<(Line, bool)> {
+        match route {
+            Route::Within => None,
+            Route::To(to) => Some((self.pair(to), true)),
+            Route::From(from) => Some((self.pair(from), false)),
+            Route::ToAll => Some((self.shared(self.rank), true)),
+            Route::Shared(from) => Some((self.shared(from), false)),
+        }
+    }
+
     /// Sends or awaits the header before a lane's bytes.
     fn open(&mut self, plan: &mut Plan, lane: usize) -> Result<bool, Stop> {
         let expected = plan.lanes[lane].bytes as u64;
-        let open = match plan.lanes[lane].peer {
+        let open = match self.line(plan.lanes[lane].route) {
             None => true,
-            Some((to, true)) => self.transport.open_send(self.members[to], &self.call.encode(expected))?,
-            Some((from, false)) => match self.transport.open_recv(self.members[from])? {
+            Some((to, true)) => self.transport.open_send(to, &self.call.encode(expected))?,
+            Some((from, false)) => match self.transport.open_recv(from)? {
                 None => false,
                 Some(header) => {
                     if Call::decode(&header) != Some((self.call, expected)) {
-                        return Err(Stop::Mismatch { peer: from, header: Box::new(header), expected });
+                        return Err(Stop::Mismatch { peer: from.rank(), header: Box::new(header), expected });
                     }
                     true
                 }
@@ -228,7 +253,7 @@ impl Flow<'_> {
     }
 
     fn mismatch(&self, plan: &Plan, peer: usize, header: &Header, expected: u64) -> Error {
-        let (peer, at) = (self.members[peer], self.at(plan));
+        let at = self.at(plan);
         match Call::decode(header) {
             None => Error::Corrupt { peer, what: format!("a call that begins {:02x?}", &header[..16]), at },
             Some((theirs, bytes)) if theirs == self.call => Error::Mismatch {
@@ -257,23 +282,21 @@ impl Flow<'_> {
 
     /// Nothing moved: sleeps until something may, or says why nothing will.
     fn wait(&mut self, plan: &Plan, patience: &mut Patience, broken: Option<Fault>) -> Result<(), Error> {
-        let members = self.members;
         patience.sends.clear();
         patience.recvs.clear();
         for (index, lane) in plan.lanes.iter().enumerate() {
             // A lane that waits for another of ours waits for that one's peer.
             let blocked = plan.front(index).is_some_and(|step| lane.open && plan.ready(step).1.len == 0);
-            match lane.peer {
+            match self.line(lane.route) {
                 // A lane that is done and on its way has nothing to wait for.
                 Some((to, true))
                     if !blocked
-                        && (plan.front(index).is_some()
-                            || !self.transport.flush(members[to]).unwrap_or(false)) =>
+                        && (plan.front(index).is_some() || !self.transport.flush(to).unwrap_or(false)) =>
                 {
-                    patience.sends.push(members[to]);
+                    patience.sends.push(to);
                 }
                 Some((from, false)) if !blocked && plan.front(index).is_some() => {
-                    patience.recvs.push(members[from]);
+                    patience.recvs.push(from);
                 }
                 _ => {}
             }
@@ -291,6 +314,11 @@ impl Flow<'_> {
         };
         let now = Instant::now();
         let began = patience.began.unwrap_or(since);
+        patience.peers.clear();
+        patience.peers.extend(patience.sends.iter().flat_map(|line| self.transport.behind(*line)));
+        patience.peers.extend(patience.recvs.iter().map(|line| line.rank()));
+        patience.peers.sort_unstable();
+        patience.peers.dedup();
         let changes = self.control.changes();
         self.judge(plan, patience, broken, now)?;
         if now.duration_since(since) >= STALL && !patience.announced {
@@ -331,8 +359,8 @@ impl Flow<'_> {
                 }
             }
         }
-        let waiting = || patience.sends.iter().chain(&patience.recvs).copied();
-        let left = waiting().find(|peer| self.control.has_left(*peer)).map(|peer| Fault::Left { peer });
+        let mut waiting = patience.peers.iter().copied();
+        let left = waiting.find(|peer| self.control.has_left(*peer)).map(|peer| Fault::Left { peer });
         let Some(fault) = broken.or(left) else { return Ok(()) };
         let doubt = *patience.doubt.get_or_insert(now);
         if matches!(fault, Fault::Lost { .. } | Fault::Left { .. }) && now.duration_since(doubt) < GRACE {
@@ -343,16 +371,13 @@ impl Flow<'_> {
 
     fn late(&self, plan: &Plan, patience: &Patience) -> Error {
         let calls = self.control.calls();
-        let mut peers: Vec<usize> = patience.sends.iter().chain(&patience.recvs).copied().collect();
-        peers.sort_unstable();
-        peers.dedup();
         let doing = |peer: &usize| match &calls[*peer] {
             Some(call) => format!("rank {peer} (which waits in {})", self.describe(call)),
             None => format!("rank {peer} (alive, not waiting in a call)"),
         };
         Error::Deadline {
             limit_ms: self.limit.as_millis() as u64,
-            waiting_for: peers.iter().map(doing).collect::<Vec<_>>().join(", "),
+            waiting_for: patience.peers.iter().map(doing).collect::<Vec<_>>().join(", "),
             at: self.at(plan),
         }
     }

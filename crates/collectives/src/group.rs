@@ -37,6 +37,8 @@ pub fn chunk(count: usize, world_size: usize, chunk: usize) -> Range<usize> {
 struct Core {
     transport: Box<dyn Transport>,
     control: Control,
+    /// Ranks of the epoch.
+    world_size: usize,
     scratch: Vec<u8>,
     plans: Vec<(PlanKey, Plan)>,
     broken: Option<String>,
@@ -546,6 +548,7 @@ impl Group {
                 width,
                 pace: Pace::of(self.kind, &self.hosts),
                 hosts: &self.hosts,
+                shares: core.transport.shares() && self.members.len() == core.world_size,
             })),
         };
         plan.reset();

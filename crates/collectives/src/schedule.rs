@@ -21,7 +21,7 @@ mod plan;
 pub use all_reduce::{all_reduce, reduce_scatter};
 pub use moves::{all_gather, all_to_all, barrier, broadcast, gather, pair, scatter};
 pub use pace::Pace;
-pub use plan::{Lane, Plan};
+pub use plan::{Lane, Plan, Route};
 
 use crate::call::Operation;
 
@@ -117,6 +117,12 @@ pub enum Action {
     Recv(usize),
     /// A rank's bytes are reduced into the span.
     RecvReduce(usize),
+    /// The span goes to every other rank of this one's host, once for all of them; only where [`Shape::shares`].
+    Share,
+    /// What a rank shares comes into the span.
+    Take(usize),
+    /// What a rank shares is reduced into the span.
+    TakeReduce(usize),
     /// This other span (of equal length) is copied into the span.
     Copy(Span),
     /// This other span is reduced into the span.
@@ -136,8 +142,10 @@ impl Step {
     /// The span that is read, and the span that is written.
     fn touches(&self) -> (Option<Span>, Option<Span>) {
         match self.action {
-            Action::Send(_) => (Some(self.span), None),
-            Action::Recv(_) | Action::RecvReduce(_) => (None, Some(self.span)),
+            Action::Send(_) | Action::Share => (Some(self.span), None),
+            Action::Recv(_) | Action::RecvReduce(_) | Action::Take(_) | Action::TakeReduce(_) => {
+                (None, Some(self.span))
+            }
             Action::Copy(from) | Action::Reduce(from) => (Some(from), Some(self.span)),
         }
     }
@@ -158,6 +166,9 @@ pub struct Shape<'a> {
     pub pace: Pace,
     /// The number of each rank's host; where it is empty, all are on one.
     pub hosts: &'a [usize],
+    /// Whether what a rank says once can reach all others of its host: where the group is everyone who has the memory.
+    /// Each share must be taken by all of them.
+    pub shares: bool,
 }
 
 impl Shape<'_> {
@@ -169,6 +180,31 @@ impl Shape<'_> {
 
     fn whole(&self) -> Span {
         Span::main(0..self.count * self.width)
+    }
+
+    /// Whether one share reaches all other ranks, of whom there are so many that it pays.
+    fn shares_with_all(&self) -> bool {
+        self.shares && self.world_size > 2 && self.hosts.iter().all(|host| *host == self.hosts[0])
+    }
+
+    /// `span` goes to all other ranks.
+    fn to_all(&self, span: Span, steps: &mut Vec<Step>) {
+        if self.shares_with_all() {
+            steps.push(Step { action: Action::Share, span });
+            return;
+        }
+        let sends = (1..self.world_size).map(|distance| Action::Send(self.after(distance)));
+        steps.extend(sends.map(|action| Step { action, span }));
+    }
+
+    /// How what `from` gives to all others is taken.
+    fn take(&self, from: usize) -> Action {
+        if self.shares_with_all() { Action::Take(from) } else { Action::Recv(from) }
+    }
+
+    /// The same, to be reduced.
+    fn take_reduce(&self, from: usize) -> Action {
+        if self.shares_with_all() { Action::TakeReduce(from) } else { Action::RecvReduce(from) }
     }
 
     /// The rank `distance` further round the ring.

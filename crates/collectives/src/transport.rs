@@ -1,8 +1,9 @@
-//! Ordered bytes between each pair of ranks, without blocking.
+//! Ordered bytes between each pair of ranks, and where the transport can, from one rank to all others at once; without
+//! blocking.
 //!
-//! A transport knows nothing of operations. For each call and each ordered pair that talks in it there is one stream:
+//! A transport knows nothing of operations. For each call and each [`Line`] that is used in it there is one stream:
 //! a header, then bytes. A call never blocks: it moves what it can and says how much. Waiting is one separate method
-//! over a set of peers, so that one thread serves all of them. The same conformance suite runs on every transport.
+//! over a set of lines, so that one thread serves all of them. The same conformance suite runs on every transport.
 
 #[cfg(target_os = "linux")]
 pub(crate) mod mixed;
@@ -56,38 +57,68 @@ pub(crate) type Waker = Arc<dyn Fn() + Send + Sync>;
 /// `into[i] = into[i] ∘ from[i]` over bytes that hold whole elements.
 pub(crate) type ReduceFn = fn(into: &mut [u8], from: &[u8]);
 
+/// What streams go over, seen from one rank.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Line {
+    /// Between this rank and that one alone, each way.
+    Pair(usize),
+    /// From that rank to all others of its host: its own to send on, another's to receive from. Every stream on it must be
+    /// taken by all of them, so only calls of the whole epoch may use it; and only where [`Transport::shares`].
+    Shared(usize),
+}
+
+impl Line {
+    /// The rank that is named.
+    pub(crate) fn rank(self) -> usize {
+        match self {
+            Self::Pair(rank) | Self::Shared(rank) => rank,
+        }
+    }
+}
+
 /// Ordered streams of bytes between this rank and each other one.
 pub(crate) trait Transport: Send {
     /// Which it is.
     fn kind(&self) -> TransportKind;
 
+    /// Whether there are lines of [`Line::Shared`].
+    fn shares(&self) -> bool {
+        false
+    }
+
     /// A call over a vector of `bytes` begins: whether it will come through the caches.
     fn begin(&mut self, _bytes: usize) {}
 
-    /// Begins a stream to `to`. `false`: no room now, ask again.
+    /// Begins a stream on `to`. `false`: no room now, ask again.
     ///
     /// # Errors
     /// A [`Fault`] of the peer, as from every method here.
-    fn open_send(&mut self, to: usize, header: &[u8; 64]) -> Result<bool, Fault>;
+    fn open_send(&mut self, to: Line, header: &[u8; 64]) -> Result<bool, Fault>;
 
     /// The header of the next stream from `from`, once it is here.
     ///
     /// # Errors
     /// A [`Fault`]; bytes of an earlier stream that nobody took are one.
-    fn open_recv(&mut self, from: usize) -> Result<Option<[u8; 64]>, Fault>;
+    fn open_recv(&mut self, from: Line) -> Result<Option<[u8; 64]>, Fault>;
+
+    /// The header of the next stream from `from` if it is here, without taking it. Only where lines are shared: there a
+    /// header may lie on another line than the one that is waited for.
+    fn peek(&mut self, _from: Line) -> Option<[u8; 64]> {
+        None
+    }
 
     /// Takes up to `bytes.len()` bytes of the open stream and says how many. Those not taken must be offered again
     /// first: a transport may already have sent some of them.
     ///
     /// # Errors
     /// A [`Fault`] of the peer.
-    fn send(&mut self, to: usize, bytes: &[u8]) -> Result<usize, Fault>;
+    fn send(&mut self, to: Line, bytes: &[u8]) -> Result<usize, Fault>;
 
     /// Fills up to `into.len()` bytes of the open stream and says how many.
     ///
     /// # Errors
     /// A [`Fault`] of the peer.
-    fn recv(&mut self, from: usize, into: &mut [u8]) -> Result<usize, Fault>;
+    fn recv(&mut self, from: Line, into: &mut [u8]) -> Result<usize, Fault>;
 
     /// As [`Transport::recv`], reducing into the buffer whole elements of `width` bytes.
     ///
@@ -95,7 +126,7 @@ pub(crate) trait Transport: Send {
     /// A [`Fault`] of the peer.
     fn recv_reduce(
         &mut self,
-        from: usize,
+        from: Line,
         into: &mut [u8],
         width: usize,
         reduce: ReduceFn,
@@ -105,11 +136,16 @@ pub(crate) trait Transport: Send {
     ///
     /// # Errors
     /// A [`Fault`] of the peer.
-    fn flush(&mut self, to: usize) -> Result<bool, Fault>;
+    fn flush(&mut self, to: Line) -> Result<bool, Fault>;
+
+    /// Whom a stream that has no room waits for.
+    fn behind(&self, to: Line) -> Vec<usize> {
+        vec![to.rank()]
+    }
 
     /// Waits until a stream to one of `sends` may have room, or one from `recvs` bytes, or the waker was called since
     /// the last wait, or `timeout` has passed. May return early.
-    fn wait(&mut self, sends: &[usize], recvs: &[usize], timeout: Duration);
+    fn wait(&mut self, sends: &[Line], recvs: &[Line], timeout: Duration);
 
     /// Ends the current or the next wait.
     fn waker(&self) -> Waker;

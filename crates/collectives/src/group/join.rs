@@ -130,6 +130,7 @@ fn stand(ticket: Ticket, begin: &Begin, transport: Box<dyn Transport>, control: 
     let core = Core {
         transport,
         control,
+        world_size: n,
         scratch: Vec::new(),
         plans: Vec::new(),
         broken: None,

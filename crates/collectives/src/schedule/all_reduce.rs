@@ -154,15 +154,18 @@ fn direct(shape: Shape<'_>, steps: &mut Vec<Step>) {
     let n = shape.world_size;
     let own = shape.chunk(shape.rank);
     for (round, piece) in shape.waves(2, shape.pieces(shape.chunk(0).len)) {
-        for to in (1..n).map(|distance| shape.after(distance)) {
-            let chunk = if round == 0 { shape.chunk(to) } else { own };
-            let span = shape.cut(chunk, piece);
-            steps.extend(span.map(|span| Step { action: Action::Send(to), span }));
+        if round == 0 {
+            for to in (1..n).map(|distance| shape.after(distance)) {
+                let span = shape.cut(shape.chunk(to), piece);
+                steps.extend(span.map(|span| Step { action: Action::Send(to), span }));
+            }
+        } else if let Some(span) = shape.cut(own, piece) {
+            shape.to_all(span, steps);
         }
         for from in (1..n).map(|distance| shape.before(distance)) {
             let (chunk, action) = match round {
                 0 => (own, Action::RecvReduce(from)),
-                _ => (shape.chunk(from), Action::Recv(from)),
+                _ => (shape.chunk(from), shape.take(from)),
             };
             let span = shape.cut(chunk, piece);
             steps.extend(span.map(|span| Step { action, span }));
@@ -179,19 +182,16 @@ fn one_shot(shape: Shape<'_>, steps: &mut Vec<Step>) {
     if keeps {
         steps.push(Step { action: Action::Copy(whole), span: copy });
     }
-    for distance in 1..world_size {
-        let span = if keeps { copy } else { whole };
-        steps.push(Step { action: Action::Send(shape.after(distance)), span });
-    }
+    shape.to_all(if keeps { copy } else { whole }, steps);
     for from in 0..world_size {
         if from == rank {
             if keeps {
                 steps.push(Step { action: Action::Reduce(copy), span: whole });
             }
         } else if from == 0 && keeps {
-            steps.push(Step { action: Action::Recv(0), span: whole });
+            steps.push(Step { action: shape.take(0), span: whole });
         } else {
-            steps.push(Step { action: Action::RecvReduce(from), span: whole });
+            steps.push(Step { action: shape.take_reduce(from), span: whole });
         }
     }
 }

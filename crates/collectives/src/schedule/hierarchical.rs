@@ -111,6 +111,13 @@ pub(super) fn hierarchical(
                 if distance + 1 < hosts {
                     exchange(gateway, layout.gateway(c, distance + 1), Action::Recv);
                 }
+                // Two have nobody else to share with.
+                if shape.shares && layout.host(c, distance).count() > 2 {
+                    let here = layout.host(c, distance).any(|rank| rank == shape.rank);
+                    let action = if gateway == shape.rank { Action::Share } else { Action::Take(gateway) };
+                    steps.extend(here.then_some(Step { action, span }));
+                    continue;
+                }
                 for to in layout.host(c, distance).skip(1) {
                     exchange(gateway, to, Action::Recv);
                 }
@@ -135,6 +142,7 @@ mod tests {
                 width: 1,
                 pace: Pace { piece: 7, lead: 2 },
                 hosts,
+                shares: false,
             };
             for step in all_reduce(algorithm, shape) {
                 if let Action::Send(to) = step.action
@@ -163,7 +171,9 @@ mod tests {
     fn one_rank_a_host_is_a_ring() {
         let hosts = [0, 1, 2, 3];
         for rank in 0..4 {
-            let shape = Shape { rank, world_size: 4, count: 103, width: 4, pace: Pace::WHOLE, hosts: &hosts };
+            let pace = Pace::WHOLE;
+            let shape =
+                Shape { rank, world_size: 4, count: 103, width: 4, pace, hosts: &hosts, shares: false };
             let sends = |algorithm| {
                 let steps = all_reduce(algorithm, shape).into_iter();
                 steps.filter(|s| matches!(s.action, Action::Send(_))).collect::<Vec<_>>()

@@ -23,12 +23,10 @@ pub fn all_gather(algorithm: Algorithm, shape: Shape<'_>, offsets: Option<&[usiz
     };
     match algorithm {
         Algorithm::OneShot => {
-            for distance in 1..n {
-                steps.push(Step { action: Action::Send(shape.after(distance)), span: span(shape.rank) });
-            }
+            shape.to_all(span(shape.rank), &mut steps);
             for distance in 1..n {
                 let from = shape.before(distance);
-                steps.push(Step { action: Action::Recv(from), span: span(from) });
+                steps.push(Step { action: shape.take(from), span: span(from) });
             }
         }
         Algorithm::Hierarchical => hierarchical(shape, Part::Gather, &span, &mut steps),
@@ -47,6 +45,10 @@ pub fn broadcast(algorithm: Algorithm, shape: Shape<'_>, root: usize) -> Vec<Ste
     order.sort_by_key(|rank| (host(rank) != host(&root), host(rank)));
     let number = order.iter().position(|rank| *rank == shape.rank).unwrap_or(0);
     let real = |number: usize| order[number];
+    if algorithm == Algorithm::OneShot && shape.shares_with_all() {
+        let action = if shape.rank == root { Action::Share } else { Action::Take(root) };
+        return vec![Step { action, span: whole }];
+    }
     let (parent, children) = match algorithm {
         Algorithm::Ring => {
             (number.checked_sub(1), (number + 1 < n).then_some(number + 1).into_iter().collect())

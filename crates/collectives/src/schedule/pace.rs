@@ -83,6 +83,7 @@ mod tests {
                 width: 4,
                 pace: Pace { piece: 10, lead },
                 hosts: &[],
+                shares: false,
             };
             let mut reached = [0; 4];
             for (round, piece) in shape.waves(4, pieces) {
@@ -98,7 +99,7 @@ mod tests {
     fn pieces_hold_whole_elements_and_cover_the_chunk() {
         for (bytes, width) in [(0, 4), (4, 4), (40, 4), (44, 4), (160, 8), (10, 2)] {
             let pace = Pace { piece: 10, lead: 1 };
-            let shape = Shape { rank: 0, world_size: 1, count: 0, width, pace, hosts: &[] };
+            let shape = Shape { rank: 0, world_size: 1, count: 0, width, pace, hosts: &[], shares: false };
             let chunk = Span::main(7..7 + bytes);
             let mut next = 7;
             for piece in 0..shape.pieces(bytes) {

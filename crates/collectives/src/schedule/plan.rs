@@ -9,11 +9,38 @@ use std::collections::BTreeMap;
 
 use super::{Action, Region, Span, Step};
 
-/// Steps that run in order: those with one peer in one direction, or those within this rank.
+/// Where the bytes of a step go or come from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Route {
+    /// They stay within this rank.
+    Within,
+    /// To one rank.
+    To(usize),
+    /// From one rank.
+    From(usize),
+    /// To all other ranks of the host at once.
+    ToAll,
+    /// From what a rank gives to all others of its host at once.
+    Shared(usize),
+}
+
+impl Route {
+    fn of(action: Action) -> Self {
+        match action {
+            Action::Send(to) => Self::To(to),
+            Action::Recv(from) | Action::RecvReduce(from) => Self::From(from),
+            Action::Share => Self::ToAll,
+            Action::Take(from) | Action::TakeReduce(from) => Self::Shared(from),
+            Action::Copy(_) | Action::Reduce(_) => Self::Within,
+        }
+    }
+}
+
+/// Steps that run in order: those of one route.
 #[derive(Clone, Debug)]
 pub struct Lane {
-    /// The peer and whether bytes go to it; `None` for steps within this rank.
-    pub peer: Option<(usize, bool)>,
+    /// Which.
+    pub route: Route,
     /// Indices of its steps, in order.
     pub steps: Vec<usize>,
     /// The sum of their lengths.
@@ -54,15 +81,12 @@ impl Plan {
         let mut scratch_bytes = 0;
         let mut touched = Touched::default();
         for (index, step) in steps.iter().enumerate() {
-            let peer = match step.action {
-                Action::Send(to) => Some((to, true)),
-                Action::Recv(from) | Action::RecvReduce(from) => Some((from, false)),
-                Action::Copy(_) | Action::Reduce(_) => None,
-            };
-            let lane = match lanes.iter().position(|lane| lane.peer == peer) {
+            let route = Route::of(step.action);
+            let lane = match lanes.iter().position(|lane| lane.route == route) {
                 Some(lane) => &mut lanes[lane],
                 None => {
-                    lanes.push(Lane { peer, steps: Vec::new(), bytes: 0, finished: 0, open: peer.is_none() });
+                    let open = route == Route::Within;
+                    lanes.push(Lane { route, steps: Vec::new(), bytes: 0, finished: 0, open });
                     let last = lanes.len() - 1;
                     &mut lanes[last]
                 }
@@ -83,7 +107,7 @@ impl Plan {
         self.done.fill(0);
         for lane in &mut self.lanes {
             lane.finished = 0;
-            lane.open = lane.peer.is_none();
+            lane.open = lane.route == Route::Within;
         }
     }
 
@@ -181,7 +205,8 @@ impl Touched {
 #[cfg(test)]
 mod tests {
     //! Every schedule is run by all its ranks in memory, with random lanes and random short pieces, over numbers that
-    //! stand for sets of ranks. A missing hazard, a double addition or a deadlock shows as a wrong set.
+    //! stand for sets of ranks. A missing hazard, a double addition or a deadlock shows as a wrong set. What is under way
+    //! between two ranks, or from one to all others, is bounded: who sends may have to wait for who takes.
 
     use std::collections::VecDeque;
 
@@ -192,12 +217,17 @@ mod tests {
 
     struct Node {
         plan: Plan,
+        /// Its host.
+        host: usize,
         regions: [Vec<u8>; 3],
     }
 
     fn run(mut nodes: Vec<Node>, random: &mut impl FnMut(usize) -> usize) -> Vec<Vec<u8>> {
         let n = nodes.len();
+        let hosts: Vec<usize> = nodes.iter().map(|node| node.host).collect();
         let mut wires: Vec<VecDeque<u8>> = vec![VecDeque::new(); n * n];
+        let mut shared = wires.clone();
+        let most = 1 + random(50);
         let mut idle = 0;
         while nodes.iter().any(|node| (0..node.plan.lanes.len()).any(|lane| node.plan.front(lane).is_some()))
         {
@@ -212,15 +242,30 @@ mod tests {
             let Some(index) = node.plan.front(lane) else { continue };
             let (action, span) = node.plan.ready(index);
             let mut len = if span.len == 0 { 0 } else { random(span.len) + 1 };
-            if let Action::Recv(from) | Action::RecvReduce(from) = action {
-                len = len.min(wires[from * n + rank].len());
-            }
+            let others = || (0..n).filter(|other| *other != rank && hosts[*other] == hosts[rank]);
+            len = len.min(match action {
+                Action::Recv(from) | Action::RecvReduce(from) => wires[from * n + rank].len(),
+                Action::Take(from) | Action::TakeReduce(from) => shared[from * n + rank].len(),
+                Action::Send(to) => most - wires[rank * n + to].len(),
+                Action::Share => {
+                    others().map(|other| most - shared[rank * n + other].len()).min().unwrap_or(most)
+                }
+                Action::Copy(_) | Action::Reduce(_) => len,
+            });
             let at = span.region as usize;
             for i in span.start..span.start + len {
                 let offset = i - span.start;
                 match action {
                     Action::Send(to) => wires[rank * n + to].push_back(node.regions[at][i]),
                     Action::Recv(from) => node.regions[at][i] = wires[from * n + rank].pop_front().unwrap(),
+                    Action::Share => {
+                        others().for_each(|to| shared[rank * n + to].push_back(node.regions[at][i]));
+                    }
+                    Action::Take(from) => node.regions[at][i] = shared[from * n + rank].pop_front().unwrap(),
+                    Action::TakeReduce(from) => {
+                        let byte = shared[from * n + rank].pop_front().unwrap();
+                        node.regions[at][i] = node.regions[at][i].wrapping_add(byte);
+                    }
                     Action::RecvReduce(from) => {
                         let byte = wires[from * n + rank].pop_front().unwrap();
                         node.regions[at][i] = node.regions[at][i].wrapping_add(byte);
@@ -239,7 +284,7 @@ mod tests {
             }
             node.plan.advance(lane, len);
         }
-        assert!(wires.iter().all(VecDeque::is_empty), "bytes that nobody took");
+        assert!(wires.iter().chain(&shared).all(VecDeque::is_empty), "bytes that nobody took");
         nodes.into_iter().map(|node| node.regions.into_iter().next().unwrap()).collect()
     }
 
@@ -264,13 +309,15 @@ mod tests {
                         };
                         let most = 1 + any(4);
                         let hosts: Vec<usize> = (0..world_size).map(|_| any(most)).collect();
+                        let shares = seed % 2 == 1;
                         let nodes = (0..world_size)
                             .map(|rank| {
                                 let hosts = &hosts[..];
-                                let shape = Shape { rank, world_size, count, width: 1, pace, hosts };
+                                let shape = Shape { rank, world_size, count, width: 1, pace, hosts, shares };
                                 let plan = Plan::new(all_reduce(algorithm, shape));
                                 let main = (0..count).map(|i| (1 << (rank % 8)) + i as u8).collect();
-                                Node { regions: [main, vec![], vec![0; plan.scratch_bytes]], plan }
+                                let regions = [main, vec![], vec![0; plan.scratch_bytes]];
+                                Node { regions, plan, host: hosts[rank] }
                             })
                             .collect();
                         let want: Vec<u8> = (0..count)
@@ -290,10 +337,48 @@ mod tests {
         }
     }
 
+    /// A part from each rank, or one root's vector, reaches everyone; what is shared once as well as what is sent.
+    #[test]
+    fn every_move_brings_everything_to_everyone() {
+        for (world_size, seed) in (1..=9).flat_map(|n| (0..24).map(move |seed| (n, seed))) {
+            for algorithm in Algorithm::ALL {
+                let mut any = random(seed << 32 | world_size as u64);
+                let pace = Pace { piece: 1 + any(9), lead: 1 + any(4) };
+                let (count, root, most) = (any(40), any(world_size), 1 + any(3));
+                let hosts: Vec<usize> = (0..world_size).map(|_| any(most)).collect();
+                let shares = seed % 2 == 1;
+                for gathers in [false, true] {
+                    let byte = |rank: usize, i: usize| (rank * 41 + i) as u8;
+                    let owner = |i: usize| {
+                        let holds = |rank: &usize| crate::group::chunk(count, world_size, *rank).contains(&i);
+                        if gathers { (0..world_size).find(holds).unwrap() } else { root }
+                    };
+                    let node = |rank| {
+                        let hosts = &hosts[..];
+                        let shape = Shape { rank, world_size, count, width: 1, pace, hosts, shares };
+                        let steps = match gathers {
+                            true => all_gather(algorithm, shape, None),
+                            false => broadcast(algorithm, shape, root),
+                        };
+                        let mine = |i: usize| if owner(i) == rank { byte(rank, i) } else { 0 };
+                        let main = (0..count).map(mine).collect();
+                        Node { plan: Plan::new(steps), regions: [main, vec![], vec![]], host: hosts[rank] }
+                    };
+                    let want: Vec<u8> = (0..count).map(|i| byte(owner(i), i)).collect();
+                    let got = run((0..world_size).map(node).collect(), &mut random(seed));
+                    assert!(
+                        got.iter().all(|got| *got == want),
+                        "{algorithm:?} of {world_size} on {hosts:?}, gathers: {gathers}, seed {seed}"
+                    );
+                }
+            }
+        }
+    }
+
     #[test]
     fn a_later_round_starts_before_the_earlier_one_ends() {
         let pace = Pace::WHOLE;
-        let shape = Shape { rank: 0, world_size: 3, count: 300, width: 1, pace, hosts: &[] };
+        let shape = Shape { rank: 0, world_size: 3, count: 300, width: 1, pace, hosts: &[], shares: false };
         let mut plan = Plan::new(all_reduce(Algorithm::Ring, shape));
         // Lane 0 sends, lane 1 receives. Ten bytes of the first chunk have come: round two may send those ten.
         plan.advance(0, 100);

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use super::shm::SharedMemory;
 use super::tcp::Tcp;
-use super::{ReduceFn, Transport, TransportKind, Waker};
+use super::{Line, ReduceFn, Transport, TransportKind, Waker};
 use crate::error::Fault;
 use crate::net::poll;
 
@@ -18,6 +18,8 @@ pub(crate) struct Mixed {
     net: Tcp,
     /// For each rank, its number in the memory; `None` for those on other hosts.
     local: Vec<Option<usize>>,
+    /// For each number in the memory, its rank.
+    here: Vec<usize>,
 }
 
 impl Mixed {
@@ -25,35 +27,48 @@ impl Mixed {
     pub(crate) fn new(memory: SharedMemory, net: Tcp, here: &[usize], world_size: usize) -> Self {
         let mut local = vec![None; world_size];
         here.iter().enumerate().for_each(|(number, rank)| local[*rank] = Some(number));
-        Self { memory, net, local }
+        Self { memory, net, local, here: here.to_vec() }
     }
 
-    /// Where `peer` is reached, and by which number.
-    fn route(&mut self, peer: usize) -> (&mut dyn Transport, usize) {
-        match self.local[peer] {
-            Some(number) => (&mut self.memory, number),
-            None => (&mut self.net, peer),
+    /// The line of the memory, if it goes over that.
+    fn near(&self, line: Line) -> Option<Line> {
+        let number = self.local[line.rank()]?;
+        Some(match line {
+            Line::Pair(_) => Line::Pair(number),
+            Line::Shared(_) => Line::Shared(number),
+        })
+    }
+
+    /// Where the other end of `line` is reached, and by which line there.
+    fn route(&mut self, line: Line) -> (&mut dyn Transport, Line) {
+        match self.near(line) {
+            Some(near) => (&mut self.memory, near),
+            None => (&mut self.net, line),
         }
     }
 
     fn with<T>(
         &mut self,
-        peer: usize,
-        call: impl FnOnce(&mut dyn Transport, usize) -> Result<T, Fault>,
+        line: Line,
+        call: impl FnOnce(&mut dyn Transport, Line) -> Result<T, Fault>,
     ) -> Result<T, Fault> {
-        let (transport, number) = self.route(peer);
-        call(transport, number).map_err(|fault| match fault {
-            // In terms of the group's ranks.
-            Fault::Corrupt { what, .. } => Fault::Corrupt { peer, what },
-            Fault::Lost { how, .. } => Fault::Lost { peer, how },
+        let near = self.near(line).is_some();
+        let (transport, there) = self.route(line);
+        let result = call(transport, there);
+        // In terms of the group's ranks.
+        let rank = |peer: usize| if near { self.here[peer] } else { peer };
+        result.map_err(|fault| match fault {
+            Fault::Corrupt { peer, what } => Fault::Corrupt { peer: rank(peer), what },
+            Fault::Lost { peer, how } => Fault::Lost { peer: rank(peer), how },
             other => other,
         })
     }
 
-    /// Numbers in the memory of those who are there, and the others.
-    fn split(&self, peers: &[usize]) -> (Vec<usize>, Vec<usize>) {
-        let far = peers.iter().filter(|peer| self.local[**peer].is_none()).copied().collect();
-        (peers.iter().filter_map(|peer| self.local[*peer]).collect(), far)
+    /// Lines in the memory, and the others.
+    fn split(&self, lines: &[Line]) -> (Vec<Line>, Vec<Line>) {
+        let near = |line: &Line| self.near(*line);
+        let far = lines.iter().filter(|line| near(line).is_none()).copied().collect();
+        (lines.iter().filter_map(near).collect(), far)
     }
 }
 
@@ -62,41 +77,57 @@ impl Transport for Mixed {
         TransportKind::Mixed
     }
 
+    fn shares(&self) -> bool {
+        true
+    }
+
     fn begin(&mut self, bytes: usize) {
         self.memory.begin(bytes);
     }
 
-    fn open_send(&mut self, to: usize, header: &[u8; 64]) -> Result<bool, Fault> {
-        self.with(to, |transport, number| transport.open_send(number, header))
+    fn open_send(&mut self, to: Line, header: &[u8; 64]) -> Result<bool, Fault> {
+        self.with(to, |transport, line| transport.open_send(line, header))
     }
 
-    fn open_recv(&mut self, from: usize) -> Result<Option<[u8; 64]>, Fault> {
-        self.with(from, |transport, number| transport.open_recv(number))
+    fn open_recv(&mut self, from: Line) -> Result<Option<[u8; 64]>, Fault> {
+        self.with(from, |transport, line| transport.open_recv(line))
     }
 
-    fn send(&mut self, to: usize, bytes: &[u8]) -> Result<usize, Fault> {
-        self.with(to, |transport, number| transport.send(number, bytes))
+    fn send(&mut self, to: Line, bytes: &[u8]) -> Result<usize, Fault> {
+        self.with(to, |transport, line| transport.send(line, bytes))
     }
 
-    fn recv(&mut self, from: usize, into: &mut [u8]) -> Result<usize, Fault> {
-        self.with(from, |transport, number| transport.recv(number, into))
+    fn recv(&mut self, from: Line, into: &mut [u8]) -> Result<usize, Fault> {
+        self.with(from, |transport, line| transport.recv(line, into))
     }
 
     fn recv_reduce(
         &mut self,
-        from: usize,
+        from: Line,
         into: &mut [u8],
         width: usize,
         reduce: ReduceFn,
     ) -> Result<usize, Fault> {
-        self.with(from, |transport, number| transport.recv_reduce(number, into, width, reduce))
+        self.with(from, |transport, line| transport.recv_reduce(line, into, width, reduce))
     }
 
-    fn flush(&mut self, to: usize) -> Result<bool, Fault> {
-        self.with(to, |transport, number| transport.flush(number))
+    fn flush(&mut self, to: Line) -> Result<bool, Fault> {
+        self.with(to, |transport, line| transport.flush(line))
     }
 
-    fn wait(&mut self, sends: &[usize], recvs: &[usize], timeout: Duration) {
+    fn peek(&mut self, from: Line) -> Option<[u8; 64]> {
+        let (transport, line) = self.route(from);
+        transport.peek(line)
+    }
+
+    fn behind(&self, to: Line) -> Vec<usize> {
+        match self.near(to) {
+            Some(near) => self.memory.behind(near).into_iter().map(|number| self.here[number]).collect(),
+            None => self.net.behind(to),
+        }
+    }
+
+    fn wait(&mut self, sends: &[Line], recvs: &[Line], timeout: Duration) {
         let ((near_sends, far_sends), (near_recvs, far_recvs)) = (self.split(sends), self.split(recvs));
         let mut interests = Vec::new();
         self.net.interests(&far_sends, &far_recvs, &mut interests);

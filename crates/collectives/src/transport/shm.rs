@@ -1,4 +1,5 @@
-//! Shared memory on one host: a ring of bytes for each ordered pair of ranks, in a memory file that all ranks map.
+//! Shared memory on one host: a ring of bytes for each ordered pair of ranks, and one of each rank that all others read,
+//! in a memory file that all ranks map.
 //!
 //! The sender copies into the ring, the receiver adds straight out of it into its buffer: one copy and one read a byte
 //! and hop. Rings are small enough to stay in a core's cache, so main memory is touched for the callers' buffers
@@ -6,14 +7,18 @@
 //! large messages, but asks for the right to read another process's memory, which containers deny; and the copy into
 //! cache is cheap next to the two passes over main memory that any all-reduce makes.
 //!
-//! One producer and one consumer a ring: a head and a tail, each written by one side and on a cache line of its own.
+//! One producer and one consumer a ring: a head and a tail, each written by one side and on a cache line of its own. What
+//! all others are to get goes into the sender's *shared* ring, once: it has a tail for every reader, and the slowest one
+//! decides how much is free. Of three readers on two cores the second on a core finds the bytes in its cache; out of a
+//! ring for each of them every byte would be written three times and cross to the other core twice.
+//!
 //! A waiter spins for some microseconds, then sleeps on a futex, its *doorbell*; who moves a head or tail rings it if
 //! the other side says that it sleeps.
 //!
 //! Peers are trusted as far as the memory goes (they have the job's token and this file): a wrong head or tail is an
 //! error, wrong bytes are wrong sums. Nobody can make the file shorter (it is sealed), so no access can fault.
 //!
-//! Memory: n·(n−1) rings, of which a page counts once it is used.
+//! Memory: n·(n−1) rings of pairs and n shared ones, 64 MB in all where n is small, of which a page counts once it is used.
 
 mod bells;
 mod mapping;
@@ -25,10 +30,10 @@ use std::sync::atomic::{Ordering, fence};
 use std::time::Duration;
 
 use bells::Bells;
-use mapping::Sleep;
-pub(crate) use mapping::{Mapping, receive_fd, send_fd};
+use mapping::{Mapping, Ring, Sleep};
+pub(crate) use mapping::{receive_fd, send_fd};
 
-use super::{ReduceFn, Transport, TransportKind, Waker};
+use super::{Line, ReduceFn, Transport, TransportKind, Waker};
 use crate::error::{Error, Fault};
 use crate::net::{Interest, Stream};
 
@@ -41,17 +46,43 @@ const STACKED_YIELDS: u32 = 2000;
 /// What comes into a vector of more bytes than this goes past the caches.
 const STREAM: usize = 4 << 20;
 
-#[derive(Default, Clone, Copy)]
-struct Out {
-    /// Bytes ever written, and how many of them the receiver was told of.
-    head: u64,
-    published: u64,
-    /// The receiver's position when last looked at.
+/// One of those who read what this rank writes.
+#[derive(Clone, Copy)]
+struct Reader {
+    rank: usize,
+    /// Which of the ring's tails is its.
+    number: usize,
+    /// Its position when last looked at.
     tail: u64,
 }
 
-#[derive(Default, Clone, Copy)]
+/// A ring that this rank writes.
+struct Out {
+    ring: Ring,
+    readers: Vec<Reader>,
+    /// Bytes ever written, and how many of them the readers were told of.
+    head: u64,
+    published: u64,
+    /// The slowest reader's position, as far as is known.
+    tail: u64,
+}
+
+impl Out {
+    fn new(ring: Ring, readers: Vec<Reader>) -> Self {
+        Self { ring, readers, head: 0, published: 0, tail: 0 }
+    }
+
+    fn free(&self) -> u64 {
+        (self.ring.bytes() as u64).saturating_sub(self.head - self.tail)
+    }
+}
+
+/// A ring that this rank reads.
 struct In {
+    ring: Ring,
+    from: usize,
+    /// Which of the ring's tails is this rank's.
+    number: usize,
     tail: u64,
     head: u64,
 }
@@ -60,7 +91,9 @@ struct In {
 pub(crate) struct SharedMemory {
     map: Arc<Mapping>,
     rank: usize,
+    /// To each rank alone, and last what all others read.
     outs: Vec<Out>,
+    /// From each rank to this one alone, and then what each gives to all others.
     ins: Vec<In>,
     /// The doorbell's count when the last wait ended.
     heard: u32,
@@ -89,11 +122,19 @@ impl SharedMemory {
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         // Spinning pays where the peer runs meanwhile. With more ranks than cores it steals the peer's time.
         let (spins, yields) = if world_size <= cores { (4000, 0) } else { (60, 4) };
+        let ranks = 0..world_size;
+        let alone = |to| Out::new(map.pair(rank, to), vec![Reader { rank: to, number: 0, tail: 0 }]);
+        let others = ranks.clone().filter(|other| *other != rank);
+        let readers = others.map(|other| Reader { rank: other, number: other, tail: 0 }).collect();
+        let shared = Out::new(map.shared(rank), readers);
+        let from = |ring, from, number| In { ring, from, number, tail: 0, head: 0 };
+        let pairs = ranks.clone().map(|other| from(map.pair(other, rank), other, 0));
+        let heard = ranks.clone().map(|other| from(map.shared(other), other, rank));
         Self {
-            map: Arc::new(map),
             rank,
-            outs: vec![Out::default(); world_size],
-            ins: vec![In::default(); world_size],
+            outs: ranks.clone().map(alone).chain([shared]).collect(),
+            ins: pairs.chain(heard).collect(),
+            map: Arc::new(map),
             heard: 0,
             spins,
             yields,
@@ -123,81 +164,122 @@ impl SharedMemory {
         }
     }
 
-    fn capacity(&self) -> u64 {
-        self.map.ring_bytes() as u64
-    }
-
-    /// Free bytes towards `to`, looking at the receiver's position if fewer than `want` are known.
-    fn room(&mut self, to: usize, want: u64) -> Result<u64, Fault> {
-        let capacity = self.capacity();
-        let out = &mut self.outs[to];
-        if capacity - (out.head - out.tail) < want {
-            let tail = self.map.tail(self.rank, to).load(Ordering::Acquire);
-            if tail < out.tail || tail > out.published {
-                let what =
-                    format!("position {tail} outside {}..={} of the shared ring", out.tail, out.published);
-                return Err(Fault::Corrupt { peer: to, what });
-            }
-            out.tail = tail;
+    /// The ring that streams on `line` are written to.
+    fn out(&self, line: Line) -> usize {
+        match line {
+            Line::Pair(to) => to,
+            Line::Shared(_) => self.outs.len() - 1,
         }
-        Ok(capacity - (out.head - out.tail))
     }
 
-    /// Bytes that are here from `from`, looking at the sender's position if fewer than `want` are known.
-    fn available(&mut self, from: usize, want: u64) -> Result<u64, Fault> {
-        let capacity = self.capacity();
-        let inn = &mut self.ins[from];
+    /// The ring that streams on `line` are read from.
+    fn inn(&self, line: Line) -> usize {
+        match line {
+            Line::Pair(from) => from,
+            Line::Shared(from) => self.outs.len() - 1 + from,
+        }
+    }
+
+    /// Free bytes of a ring, looking at the readers' positions if fewer than `want` are known.
+    fn room(&mut self, out: usize, want: u64) -> Result<u64, Fault> {
+        let out = &mut self.outs[out];
+        if out.free() >= want {
+            return Ok(out.free());
+        }
+        let mut slowest = out.head;
+        for reader in &mut out.readers {
+            let tail = self.map.tail(&out.ring, reader.number).load(Ordering::Acquire);
+            if tail < reader.tail || tail > out.published {
+                let what =
+                    format!("position {tail} outside {}..={} of the shared ring", reader.tail, out.published);
+                return Err(Fault::Corrupt { peer: reader.rank, what });
+            }
+            reader.tail = tail;
+            slowest = slowest.min(tail);
+        }
+        out.tail = slowest;
+        Ok(out.free())
+    }
+
+    /// Bytes that are here, looking at the sender's position if fewer than `want` are known.
+    fn available(&mut self, inn: usize, want: u64) -> Result<u64, Fault> {
+        let inn = &mut self.ins[inn];
         if inn.head.saturating_sub(inn.tail) < want {
-            let head = self.map.head(from, self.rank).load(Ordering::Acquire);
-            if head < inn.head || head.saturating_sub(inn.tail) > capacity + ALIGN {
+            let head = self.map.head(&inn.ring).load(Ordering::Acquire);
+            if head < inn.head || head.saturating_sub(inn.tail) > inn.ring.bytes() as u64 + ALIGN {
                 let what = format!("position {head} of the shared ring, after {}", inn.tail);
-                return Err(Fault::Corrupt { peer: from, what });
+                return Err(Fault::Corrupt { peer: inn.from, what });
             }
             inn.head = head;
         }
         Ok(inn.head.saturating_sub(inn.tail))
     }
 
-    fn publish(&mut self, to: usize) {
-        let out = &mut self.outs[to];
-        if out.published != out.head {
-            out.published = out.head;
-            self.map.head(self.rank, to).store(out.head, Ordering::Release);
-            self.tell(to);
+    fn publish(&mut self, out: usize) {
+        let Out { head, published, ring, .. } = &mut self.outs[out];
+        if published == head {
+            return;
+        }
+        *published = *head;
+        self.map.head(ring).store(*head, Ordering::Release);
+        self.tell(self.outs[out].readers.iter().map(|reader| reader.rank));
+    }
+
+    /// The header of the next stream, if it is here.
+    fn look(&mut self, from: Line) -> Result<Option<[u8; 64]>, Fault> {
+        let inn = self.inn(from);
+        let next = self.ins[inn].tail.next_multiple_of(ALIGN);
+        self.ins[inn].tail = next;
+        if self.available(inn, ALIGN)? < ALIGN {
+            return Ok(None);
+        }
+        let mut header = [0; 64];
+        header.copy_from_slice(self.map.readable(&self.ins[inn].ring, next, ALIGN as usize));
+        Ok(Some(header))
+    }
+
+    /// Says how far this rank has read.
+    fn took(&mut self, inn: usize, bytes: usize) {
+        let inn = &mut self.ins[inn];
+        inn.tail += bytes as u64;
+        self.map.tail(&inn.ring, inn.number).store(inn.tail, Ordering::Release);
+    }
+
+    fn consume(&mut self, inn: usize, bytes: usize) {
+        self.took(inn, bytes);
+        self.tell([self.ins[inn].from]);
+    }
+
+    /// After a store of a head or tail that `peers` may wait for: wakes those who sleep.
+    fn tell(&self, peers: impl IntoIterator<Item = usize>) {
+        self.map.settle();
+        for peer in peers {
+            match (self.map.sleeps(peer), &self.bells) {
+                (Sleep::Awake, _) => {}
+                (Sleep::Poll, Some(bells)) => bells.ring(&self.map, peer),
+                _ => self.map.ring(peer),
+            }
         }
     }
 
-    fn consume(&mut self, from: usize, bytes: usize) {
-        self.ins[from].tail += bytes as u64;
-        self.map.tail(from, self.rank).store(self.ins[from].tail, Ordering::Release);
-        self.tell(from);
-    }
-
-    /// After a store of a head or tail that `peer` may wait for: wakes it if it sleeps.
-    fn tell(&self, peer: usize) {
-        match (self.map.sleeps(peer), &self.bells) {
-            (Sleep::Awake, _) => {}
-            (Sleep::Poll, Some(bells)) => bells.ring(&self.map, peer),
-            _ => self.map.ring(peer),
-        }
-    }
-
-    fn write(&mut self, to: usize, bytes: &[u8]) {
-        let out = &mut self.outs[to];
-        self.map.write(self.rank, to, out.head, bytes);
+    fn write(&mut self, out: usize, bytes: &[u8]) {
+        let out = &mut self.outs[out];
+        self.map.write(&out.ring, out.head, bytes);
         out.head += bytes.len() as u64;
     }
 
     /// Waits without sleeping, for some microseconds. `true` where a stream is ready; `woken` ends it too.
-    pub(super) fn spin(&self, sends: &[usize], recvs: &[usize], mut woken: impl FnMut() -> bool) -> bool {
+    pub(super) fn spin(&self, sends: &[Line], recvs: &[Line], mut woken: impl FnMut() -> bool) -> bool {
         // Two ranks that take turns sleeping can end up on one core, where the scheduler sees nothing to balance and
         // every spin keeps the other from its work. So there both stay runnable and take turns by yielding, until one
         // of them is moved.
         let core = self.map.core(self.rank);
         let here = mapping::current_core();
         core.store(here, Ordering::Relaxed);
+        let beside = |peer: usize| self.map.core(peer).load(Ordering::Relaxed) == here;
+        let readers = sends.iter().flat_map(|to| self.outs[self.out(*to)].readers.iter());
         let stacked =
-            sends.iter().chain(recvs).any(|peer| self.map.core(*peer).load(Ordering::Relaxed) == here);
+            readers.map(|reader| reader.rank).chain(recvs.iter().map(|from| from.rank())).any(beside);
         if stacked && self.yields == 0 {
             for _ in 0..STACKED_YIELDS {
                 std::thread::yield_now();
@@ -234,15 +316,21 @@ impl SharedMemory {
     }
 
     /// Whether a stream to one of `sends` has room, or one from `recvs` bytes.
-    pub(super) fn is_ready(&self, sends: &[usize], recvs: &[usize]) -> bool {
-        recvs
-            .iter()
-            .any(|from| self.map.head(*from, self.rank).load(Ordering::Acquire) > self.ins[*from].tail)
-            || sends.iter().any(|to| {
-                let out = &self.outs[*to];
-                let tail = self.map.tail(self.rank, *to).load(Ordering::Acquire);
-                out.head.saturating_sub(tail) + 2 * ALIGN <= self.capacity()
-            })
+    pub(super) fn is_ready(&self, sends: &[Line], recvs: &[Line]) -> bool {
+        let here = |from: &Line| {
+            let inn = &self.ins[self.inn(*from)];
+            self.map.head(&inn.ring).load(Ordering::Acquire) > inn.tail
+        };
+        recvs.iter().any(here) || sends.iter().any(|to| self.late(*to).next().is_none())
+    }
+
+    /// Those readers who leave no room to write.
+    fn late(&self, to: Line) -> impl Iterator<Item = usize> + '_ {
+        let out = &self.outs[self.out(to)];
+        let most = (out.ring.bytes() as u64).saturating_sub(2 * ALIGN);
+        let tail = |reader: &Reader| self.map.tail(&out.ring, reader.number).load(Ordering::Acquire);
+        let late = out.readers.iter().filter(move |reader| out.head.saturating_sub(tail(reader)) > most);
+        late.map(|reader| reader.rank)
     }
 }
 
@@ -251,54 +339,61 @@ impl Transport for SharedMemory {
         TransportKind::SharedMemory
     }
 
+    fn shares(&self) -> bool {
+        true
+    }
+
     fn begin(&mut self, bytes: usize) {
         self.large = bytes > STREAM;
     }
 
-    fn open_send(&mut self, to: usize, header: &[u8; 64]) -> Result<bool, Fault> {
-        if self.room(to, 2 * ALIGN)? < 2 * ALIGN {
+    fn open_send(&mut self, to: Line, header: &[u8; 64]) -> Result<bool, Fault> {
+        let out = self.out(to);
+        if self.room(out, 2 * ALIGN)? < 2 * ALIGN {
             return Ok(false);
         }
-        let out = &mut self.outs[to];
-        out.head = out.head.next_multiple_of(ALIGN);
+        let head = &mut self.outs[out].head;
+        *head = head.next_multiple_of(ALIGN);
         // The receiver is told together with the first bytes, or by a flush: one message for short vectors.
-        self.write(to, header);
+        self.write(out, header);
         Ok(true)
     }
 
-    fn open_recv(&mut self, from: usize) -> Result<Option<[u8; 64]>, Fault> {
-        let inn = &mut self.ins[from];
-        inn.tail = inn.tail.next_multiple_of(ALIGN);
-        if self.available(from, ALIGN)? < ALIGN {
-            return Ok(None);
-        }
-        let mut header = [0; 64];
-        header.copy_from_slice(self.map.readable(from, self.rank, self.ins[from].tail, ALIGN as usize));
-        self.ins[from].tail += ALIGN;
-        let tail = self.ins[from].tail;
-        self.map.tail(from, self.rank).store(tail, Ordering::Release);
+    fn open_recv(&mut self, from: Line) -> Result<Option<[u8; 64]>, Fault> {
+        let Some(header) = self.look(from)? else { return Ok(None) };
+        let inn = self.inn(from);
+        self.took(inn, ALIGN as usize);
         // The bytes that follow will ring the bell; a run of empty streams does it now and then.
-        if tail % (self.capacity() / 4) < ALIGN {
-            self.tell(from);
+        let In { tail, ring, from, .. } = &self.ins[inn];
+        if tail % (ring.bytes() as u64 / 4) < ALIGN {
+            self.tell([*from]);
         }
         Ok(Some(header))
     }
 
-    fn send(&mut self, to: usize, bytes: &[u8]) -> Result<usize, Fault> {
+    fn peek(&mut self, from: Line) -> Option<[u8; 64]> {
+        self.look(from).ok().flatten()
+    }
+
+    fn send(&mut self, to: Line, bytes: &[u8]) -> Result<usize, Fault> {
+        let out = self.out(to);
         let want = bytes.len().min(PIECE);
-        let room = self.room(to, want as u64)? as usize;
-        let len = want.min(room);
+        let room = self.room(out, want as u64)? as usize;
+        // The end of an earlier stream may lie anywhere. A part of an element is nothing that a receiver could add: it would
+        // look for the rest without sleeping.
+        let len = if room < want { room / ALIGN as usize * ALIGN as usize } else { want };
         if len > 0 {
-            self.write(to, &bytes[..len]);
+            self.write(out, &bytes[..len]);
         }
-        self.publish(to);
+        self.publish(out);
         Ok(len)
     }
 
-    fn recv(&mut self, from: usize, into: &mut [u8]) -> Result<usize, Fault> {
+    fn recv(&mut self, from: Line, into: &mut [u8]) -> Result<usize, Fault> {
+        let inn = self.inn(from);
         let want = into.len().min(PIECE);
-        let here = self.available(from, want as u64)? as usize;
-        let bytes = self.map.readable(from, self.rank, self.ins[from].tail, want.min(here));
+        let here = self.available(inn, want as u64)? as usize;
+        let bytes = self.map.readable(&self.ins[inn].ring, self.ins[inn].tail, want.min(here));
         let len = bytes.len();
         if len > 0 {
             if self.large {
@@ -306,36 +401,41 @@ impl Transport for SharedMemory {
             } else {
                 into[..len].copy_from_slice(bytes);
             }
-            self.consume(from, len);
+            self.consume(inn, len);
         }
         Ok(len)
     }
 
     fn recv_reduce(
         &mut self,
-        from: usize,
+        from: Line,
         into: &mut [u8],
         width: usize,
         reduce: ReduceFn,
     ) -> Result<usize, Fault> {
+        let inn = self.inn(from);
         let want = into.len().min(PIECE);
-        let here = self.available(from, want as u64)? as usize;
+        let here = self.available(inn, want as u64)? as usize;
         let len = want.min(here) / width * width;
-        let bytes = self.map.readable(from, self.rank, self.ins[from].tail, len);
+        let bytes = self.map.readable(&self.ins[inn].ring, self.ins[inn].tail, len);
         let len = bytes.len();
         if len > 0 {
             reduce(&mut into[..len], bytes);
-            self.consume(from, len);
+            self.consume(inn, len);
         }
         Ok(len)
     }
 
-    fn flush(&mut self, to: usize) -> Result<bool, Fault> {
-        self.publish(to);
+    fn flush(&mut self, to: Line) -> Result<bool, Fault> {
+        self.publish(self.out(to));
         Ok(true)
     }
 
-    fn wait(&mut self, sends: &[usize], recvs: &[usize], timeout: Duration) {
+    fn behind(&self, to: Line) -> Vec<usize> {
+        self.late(to).collect()
+    }
+
+    fn wait(&mut self, sends: &[Line], recvs: &[Line], timeout: Duration) {
         let bell = self.map.doorbell(self.rank);
         if self.spin(sends, recvs, || bell.load(Ordering::Acquire) != self.heard) {
             return;

@@ -15,7 +15,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::{ReduceFn, Transport, TransportKind, Waker};
+use super::{Line, ReduceFn, Transport, TransportKind, Waker};
 use crate::error::{Error, Fault};
 use crate::net::{Interest, Stream, poll};
 
@@ -105,10 +105,10 @@ impl Tcp {
 
 impl Tcp {
     /// What a wait is about: first the waker, then the sockets.
-    pub(super) fn interests(&self, sends: &[usize], recvs: &[usize], interests: &mut Vec<Interest>) {
+    pub(super) fn interests(&self, sends: &[Line], recvs: &[Line], interests: &mut Vec<Interest>) {
         interests.push(Interest { fd: self.wake.0.as_raw_fd(), read: true, write: false });
         for to in sends {
-            let Some(peer) = &self.peers[*to] else { continue };
+            let Some(peer) = &self.peers[to.rank()] else { continue };
             // With frames under way, only their connections matter: a free one would be writable at once.
             let framed = peer.out.iter().map(|frame| &peer.connections[frame.connection]);
             let pending = peer.connections.iter().filter(|connection| connection.pending());
@@ -116,7 +116,7 @@ impl Tcp {
             interests.extend(fds.map(|fd| Interest { fd, read: false, write: true }));
         }
         for from in recvs {
-            let Some(peer) = &self.peers[*from] else { continue };
+            let Some(peer) = &self.peers[from.rank()] else { continue };
             let connection = (peer.in_number % peer.connections.len() as u64) as usize;
             let fd = peer.connections[connection].as_raw_fd();
             interests.push(Interest { fd, read: true, write: false });
@@ -139,8 +139,16 @@ fn later(error: &io::Error) -> bool {
     matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted)
 }
 
-fn myself(rank: usize) -> Fault {
-    Fault::Corrupt { peer: rank, what: "a rank has no connection to itself".into() }
+/// Who is at the other end of a line.
+fn peer(peers: &mut [Option<Peer>], line: Line) -> Result<(&mut Peer, usize), Fault> {
+    let what = match line {
+        Line::Pair(rank) => match &mut peers[rank] {
+            Some(peer) => return Ok((peer, rank)),
+            None => "a rank has no connection to itself",
+        },
+        Line::Shared(_) => "over sockets each rank is told by itself",
+    };
+    Err(Fault::Corrupt { peer: line.rank(), what: what.into() })
 }
 
 impl Peer {
@@ -274,8 +282,8 @@ impl Transport for Tcp {
         self.kind
     }
 
-    fn open_send(&mut self, to: usize, header: &[u8; 64]) -> Result<bool, Fault> {
-        let peer = self.peers[to].as_mut().ok_or_else(|| myself(to))?;
+    fn open_send(&mut self, to: Line, header: &[u8; 64]) -> Result<bool, Fault> {
+        let (peer, to) = peer(&mut self.peers, to)?;
         if !peer.begin(OPEN, Some(*header), 0, 64) {
             peer.push(to, &[])?;
             return Ok(false);
@@ -283,8 +291,8 @@ impl Transport for Tcp {
         Ok(true)
     }
 
-    fn open_recv(&mut self, from: usize) -> Result<Option<[u8; 64]>, Fault> {
-        let peer = self.peers[from].as_mut().ok_or_else(|| myself(from))?;
+    fn open_recv(&mut self, from: Line) -> Result<Option<[u8; 64]>, Fault> {
+        let (peer, from) = peer(&mut self.peers, from)?;
         match peer.frame(from)? {
             None => return Ok(None),
             Some((OPEN, _)) => {}
@@ -304,8 +312,8 @@ impl Transport for Tcp {
         Ok(Some(peer.open))
     }
 
-    fn send(&mut self, to: usize, bytes: &[u8]) -> Result<usize, Fault> {
-        let peer = self.peers[to].as_mut().ok_or_else(|| myself(to))?;
+    fn send(&mut self, to: Line, bytes: &[u8]) -> Result<usize, Fault> {
+        let (peer, to) = peer(&mut self.peers, to)?;
         let mut begun =
             peer.out.iter().filter(|f| f.body.is_none()).map(|f| f.start + f.len).max().unwrap_or(0);
         while begun < bytes.len() {
@@ -318,8 +326,8 @@ impl Transport for Tcp {
         peer.push(to, bytes)
     }
 
-    fn recv(&mut self, from: usize, into: &mut [u8]) -> Result<usize, Fault> {
-        let peer = self.peers[from].as_mut().ok_or_else(|| myself(from))?;
+    fn recv(&mut self, from: Line, into: &mut [u8]) -> Result<usize, Fault> {
+        let (peer, from) = peer(&mut self.peers, from)?;
         if into.is_empty() || !peer.data_frame(from)? {
             return Ok(0);
         }
@@ -328,12 +336,12 @@ impl Transport for Tcp {
 
     fn recv_reduce(
         &mut self,
-        from: usize,
+        from: Line,
         into: &mut [u8],
         width: usize,
         reduce: ReduceFn,
     ) -> Result<usize, Fault> {
-        let peer = self.peers[from].as_mut().ok_or_else(|| myself(from))?;
+        let (peer, from) = peer(&mut self.peers, from)?;
         // At most one element of another peer's could be staged: it is kept in that peer's frame head's place below.
         let mut carry = [0; 8];
         let carried = peer.staged;
@@ -356,13 +364,13 @@ impl Transport for Tcp {
         Ok(whole)
     }
 
-    fn flush(&mut self, to: usize) -> Result<bool, Fault> {
-        let peer = self.peers[to].as_mut().ok_or_else(|| myself(to))?;
+    fn flush(&mut self, to: Line) -> Result<bool, Fault> {
+        let (peer, to) = peer(&mut self.peers, to)?;
         peer.push(to, &[])?;
         Ok(peer.out.is_empty() && !peer.connections.iter().any(Stream::pending))
     }
 
-    fn wait(&mut self, sends: &[usize], recvs: &[usize], timeout: Duration) {
+    fn wait(&mut self, sends: &[Line], recvs: &[Line], timeout: Duration) {
         let mut interests = Vec::new();
         self.interests(sends, recvs, &mut interests);
         let mut ready = Vec::new();
@@ -401,7 +409,7 @@ mod tests {
         for lie in lies {
             let (mut tcp, mut theirs) = pair();
             theirs.write_all(&lie).unwrap();
-            let said = tcp.open_recv(1);
+            let said = tcp.open_recv(Line::Pair(1));
             assert!(matches!(said, Err(Fault::Corrupt { peer: 1, .. })), "{lie:02x?}: {said:?}");
         }
         for len in [0, FRAME_BYTES + 1, u32::MAX as usize] {
@@ -409,8 +417,8 @@ mod tests {
             theirs.write_all(&frame_head(OPEN, 64, 0)).unwrap();
             theirs.write_all(&[1; 64]).unwrap();
             theirs.write_all(&frame_head(DATA, len, 1)).unwrap();
-            assert_eq!(tcp.open_recv(1), Ok(Some([1; 64])));
-            let said = tcp.recv(1, &mut [0; 8]);
+            assert_eq!(tcp.open_recv(Line::Pair(1)), Ok(Some([1; 64])));
+            let said = tcp.recv(Line::Pair(1), &mut [0; 8]);
             assert!(matches!(said, Err(Fault::Corrupt { peer: 1, .. })), "{len}: {said:?}");
         }
     }

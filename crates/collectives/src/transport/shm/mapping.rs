@@ -6,6 +6,9 @@
 //! then, for each ordered pair (from, to):
 //!                   head (bytes ever written), tail (bytes ever taken), 128 bytes apart
 //!                   the ring
+//! then, for each rank:
+//!                   head, and for every rank the tail of what it took, 128 bytes apart
+//!                   the ring that all others read
 //! ```
 //!
 //! Lines that different sides write are 128 bytes apart, since cores fetch cache lines in pairs.
@@ -38,7 +41,7 @@ pub(crate) struct Mapping {
     base: NonNull<u8>,
     len: usize,
     world_size: usize,
-    ring_bytes: usize,
+    layout: Layout,
 }
 
 // SAFETY: the mapping is plain shared memory at a fixed place until the drop. Words that two sides touch are accessed
@@ -47,19 +50,64 @@ unsafe impl Send for Mapping {}
 // SAFETY: as above.
 unsafe impl Sync for Mapping {}
 
-/// Bytes of one ring: in all at most 64 MB where the world is small, never under 16 KB. A megabyte lets a sender run so
+/// Where one ring lies in the file.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Ring {
+    /// The head, and on the lines after it the tails.
+    head: usize,
+    tails: usize,
+    start: usize,
+    bytes: usize,
+}
+
+impl Ring {
+    pub(crate) fn bytes(&self) -> usize {
+        self.bytes
+    }
+}
+
+/// Bytes of all rings of a small world. Of a large one, whose rings are as short as they may be, there are more.
+const BUDGET: usize = 64 << 20;
+/// The shortest ring.
+const LEAST: usize = 16 << 10;
+/// The longest ring that all others read.
+const MOST_SHARED: usize = 1 << 20;
+
+/// Bytes of the ring of a pair: all of them take at most seven eighths of [`BUDGET`]. A megabyte lets a sender run so
 /// far ahead that neither side waits for the other's every piece: two ranks reduce 1 MB twice as fast as over 256 KB.
 /// All rings of a host go through the same caches: among four ranks 4 MB take a third less time over half a megabyte each
 /// than over one, and over a quarter the senders wait again.
-fn ring_bytes(world_size: usize) -> usize {
+fn pair_bytes(world_size: usize) -> usize {
     let most = if world_size > 2 { 512 << 10 } else { 1 << 20 };
-    ((64 << 20) / (world_size * world_size).max(1)).next_power_of_two().clamp(16 << 10, most)
+    share_of(BUDGET / 8 * 7, world_size * world_size, most)
 }
 
-fn layout(world_size: usize) -> (usize, usize) {
-    let ring = ring_bytes(world_size);
-    let len = LINE + world_size * 2 * LINE + world_size * world_size * (2 * LINE + ring);
-    (ring, len)
+/// Bytes of the ring that all others read: all of them take at most an eighth of [`BUDGET`].
+fn shared_bytes(world_size: usize) -> usize {
+    share_of(BUDGET / 8, world_size, MOST_SHARED)
+}
+
+/// The largest power of two of which `rings` fit into `budget`, within bounds.
+fn share_of(budget: usize, rings: usize, most: usize) -> usize {
+    let each = budget / rings.max(1);
+    (1usize << each.max(1).ilog2()).clamp(LEAST, most)
+}
+
+/// Where the rings of a file begin, and its length.
+#[derive(Clone, Copy, Debug)]
+struct Layout {
+    pairs: usize,
+    shared: usize,
+    len: usize,
+}
+
+impl Layout {
+    fn new(world_size: usize) -> Self {
+        let pairs = LINE + world_size * 2 * LINE;
+        let shared = pairs + world_size * world_size * (2 * LINE + pair_bytes(world_size));
+        let len = shared + world_size * (LINE + world_size * LINE + shared_bytes(world_size));
+        Self { pairs, shared, len }
+    }
 }
 
 impl Mapping {
@@ -67,7 +115,7 @@ impl Mapping {
     pub(crate) fn create(epoch: u64, world_size: usize) -> Result<(Self, OwnedFd), Error> {
         let fail =
             |what: &str| Error::system(format!("{what} for shared memory"), &io::Error::last_os_error());
-        let (_, len) = layout(world_size);
+        let len = Layout::new(world_size).len;
         // SAFETY: the name is a C string; the result is checked.
         let fd = unsafe {
             libc::memfd_create(c"consort-collectives".as_ptr(), libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING)
@@ -96,7 +144,7 @@ impl Mapping {
     /// Maps a file that another rank made, if it is the right one.
     pub(crate) fn open(fd: OwnedFd, epoch: u64, world_size: usize) -> Result<Self, Error> {
         let wrong = |what: &str| Error::Refused { address: "shared memory".into(), what: what.into() };
-        let (_, len) = layout(world_size);
+        let len = Layout::new(world_size).len;
         // SAFETY: a descriptor that we own; the seals are asked for, nothing is changed.
         let seals = unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_GET_SEALS) };
         if seals < 0 || seals & libc::F_SEAL_SHRINK == 0 {
@@ -116,7 +164,8 @@ impl Mapping {
     }
 
     fn map(fd: &OwnedFd, world_size: usize) -> Result<Self, Error> {
-        let (ring_bytes, len) = layout(world_size);
+        let layout = Layout::new(world_size);
+        let len = layout.len;
         // SAFETY: a new mapping at a place that the system picks; the file has `len` bytes and is sealed to keep them.
         let base = unsafe {
             libc::mmap(
@@ -132,15 +181,11 @@ impl Mapping {
         let base = base.ok_or_else(|| {
             Error::system(format!("map {len} bytes of shared memory"), &io::Error::last_os_error())
         })?;
-        Ok(Self { base, len, world_size, ring_bytes })
+        Ok(Self { base, len, world_size, layout })
     }
 
     pub(crate) fn world_size(&self) -> usize {
         self.world_size
-    }
-
-    pub(crate) fn ring_bytes(&self) -> usize {
-        self.ring_bytes
     }
 
     fn word(&self, at: usize) -> &AtomicU64 {
@@ -155,19 +200,31 @@ impl Mapping {
         unsafe { &*self.base.as_ptr().add(at).cast::<AtomicU32>() }
     }
 
-    fn pair(&self, from: usize, to: usize) -> usize {
+    /// What `from` writes for `to` alone.
+    pub(crate) fn pair(&self, from: usize, to: usize) -> Ring {
         assert!(from < self.world_size && to < self.world_size);
-        LINE + self.world_size * 2 * LINE + (from * self.world_size + to) * (2 * LINE + self.ring_bytes)
+        let bytes = pair_bytes(self.world_size);
+        let head = self.layout.pairs + (from * self.world_size + to) * (2 * LINE + bytes);
+        Ring { head, tails: 1, start: head + 2 * LINE, bytes }
     }
 
-    /// Bytes that `from` has ever written for `to`.
-    pub(crate) fn head(&self, from: usize, to: usize) -> &AtomicU64 {
-        self.word(self.pair(from, to))
+    /// What `from` writes for all others. Rank r's tail is number r.
+    pub(crate) fn shared(&self, from: usize) -> Ring {
+        assert!(from < self.world_size);
+        let (bytes, lines) = (shared_bytes(self.world_size), LINE + self.world_size * LINE);
+        let head = self.layout.shared + from * (lines + bytes);
+        Ring { head, tails: self.world_size, start: head + lines, bytes }
     }
 
-    /// Bytes that `to` has ever taken from `from`.
-    pub(crate) fn tail(&self, from: usize, to: usize) -> &AtomicU64 {
-        self.word(self.pair(from, to) + LINE)
+    /// Bytes ever written.
+    pub(crate) fn head(&self, ring: &Ring) -> &AtomicU64 {
+        self.word(ring.head)
+    }
+
+    /// Bytes ever taken by one of those who read the ring.
+    pub(crate) fn tail(&self, ring: &Ring, number: usize) -> &AtomicU64 {
+        assert!(number < ring.tails);
+        self.word(ring.head + LINE + number * LINE)
     }
 
     /// How often rank `rank` was woken.
@@ -186,16 +243,15 @@ impl Mapping {
     }
 
     /// Copies `bytes` into the ring from position `at` on. The caller has seen that so many bytes are free.
-    pub(crate) fn write(&self, from: usize, to: usize, at: u64, bytes: &[u8]) {
-        assert!(bytes.len() <= self.ring_bytes);
-        let ring = self.pair(from, to) + 2 * LINE;
-        let start = (at % self.ring_bytes as u64) as usize;
-        let first = bytes.len().min(self.ring_bytes - start);
+    pub(crate) fn write(&self, ring: &Ring, at: u64, bytes: &[u8]) {
+        assert!(bytes.len() <= ring.bytes && ring.start + ring.bytes <= self.len);
+        let start = (at % ring.bytes as u64) as usize;
+        let first = bytes.len().min(ring.bytes - start);
         // SAFETY: both parts lie inside the ring (start < ring, first ≤ ring − start, rest ≤ start by the assertion and
-        // the caller's room), which lies inside the mapping. The receiver touches none of it: it was told that these
-        // positions are empty, and only learns of them by the release store of the head that follows.
+        // the caller's room), which lies inside the mapping. No receiver touches any of it: all were told that these
+        // positions are empty, and only learn of them by the release store of the head that follows.
         unsafe {
-            let ring = self.base.as_ptr().add(ring);
+            let ring = self.base.as_ptr().add(ring.start);
             std::ptr::copy_nonoverlapping(bytes.as_ptr(), ring.add(start), first);
             std::ptr::copy_nonoverlapping(bytes.as_ptr().add(first), ring, bytes.len() - first);
         }
@@ -203,18 +259,22 @@ impl Mapping {
 
     /// Up to `len` bytes of the ring from position `at` on, to the ring's end at most. The caller has seen that so
     /// many are written, and has not said that it took them.
-    pub(crate) fn readable(&self, from: usize, to: usize, at: u64, len: usize) -> &[u8] {
-        let ring = self.pair(from, to) + 2 * LINE;
-        let start = (at % self.ring_bytes as u64) as usize;
-        let len = len.min(self.ring_bytes - start);
-        // SAFETY: inside the ring, so inside the mapping. The sender doesn't touch these positions again before the
-        // tail has come past them, which happens after this slice's last use (`consume` takes `&mut self`).
-        unsafe { std::slice::from_raw_parts(self.base.as_ptr().add(ring + start), len) }
+    pub(crate) fn readable(&self, ring: &Ring, at: u64, len: usize) -> &[u8] {
+        assert!(ring.start + ring.bytes <= self.len);
+        let start = (at % ring.bytes as u64) as usize;
+        let len = len.min(ring.bytes - start);
+        // SAFETY: inside the ring, so inside the mapping. The sender doesn't touch these positions again before this
+        // rank's tail has come past them, which happens after this slice's last use (`consume` takes `&mut self`).
+        unsafe { std::slice::from_raw_parts(self.base.as_ptr().add(ring.start + start), len) }
     }
 
-    /// How `rank` sleeps. To be asked after a store of a head or tail that it may wait for.
-    pub(super) fn sleeps(&self, rank: usize) -> Sleep {
+    /// Between a store of a head or tail and asking how those sleep who may wait for it.
+    pub(super) fn settle(&self) {
         fence(Ordering::SeqCst);
+    }
+
+    /// How `rank` sleeps. To be asked after [`Mapping::settle`].
+    pub(super) fn sleeps(&self, rank: usize) -> Sleep {
         match self.asleep(rank).load(Ordering::Relaxed) {
             0 => Sleep::Awake,
             2 => Sleep::Poll,
