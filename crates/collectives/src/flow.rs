@@ -1,8 +1,9 @@
 //! The engine: runs a schedule on a transport until it is done, or a deadline has passed, or a peer is lost.
 //!
-//! One loop over lanes (one to each peer, one from each, and those of what is shared). Each visit moves one segment at most, so that sending, receiving and
-//! adding take turns and a segment is still in the cache when it is added. When a whole round moves nothing, the thread
-//! waits, and only then looks at the clock and at who is alive: a call that flows pays nothing for them.
+//! One loop over lanes (one to each peer, one from each, and those of what is shared). Each visit moves one segment at
+//! most, so that sending, receiving and adding take turns and a segment is still in the cache when it is added. When a
+//! whole round moves nothing, the thread waits, and only then looks at the clock and at who is alive: a call that flows
+//! pays nothing for them.
 
 use std::time::{Duration, Instant};
 
@@ -90,6 +91,8 @@ struct Patience {
     recvs: Vec<Line>,
     /// Whom those wait for.
     peers: Vec<usize>,
+    /// Where a header lies that this call doesn't read.
+    stray: Option<Line>,
 }
 
 impl Flow<'_> {
@@ -136,6 +139,7 @@ impl Flow<'_> {
             if moved {
                 patience.since = None;
                 patience.doubt = None;
+                patience.stray = None;
             } else {
                 self.wait(plan, patience, broken)?;
             }
@@ -171,13 +175,11 @@ impl Flow<'_> {
                 Action::Share => self.transport.send(self.shared(self.rank), buffers.read(span))?,
                 Action::Recv(from) => self.transport.recv(self.pair(from), buffers.write(span))?,
                 Action::Take(from) => self.transport.recv(self.shared(from), buffers.write(span))?,
-                Action::RecvReduce(from) | Action::TakeReduce(from) => {
-                    let shared = matches!(action, Action::TakeReduce(_));
-                    let line = if shared { self.shared(from) } else { self.pair(from) };
+                Action::RecvReduce(from) => {
                     let (width, reduce) = (buffers.width, buffers.reduce);
                     // Only whole elements may be ready, or the transport would cut one.
                     let span = Span { len: span.len / width * width, ..span };
-                    self.transport.recv_reduce(line, buffers.write(span), width, reduce)?
+                    self.transport.recv_reduce(self.pair(from), buffers.write(span), width, reduce)?
                 }
                 Action::Copy(from) => {
                     let (into, from) = buffers.both(span, from);
@@ -252,8 +254,14 @@ impl Flow<'_> {
         }
     }
 
-    fn mismatch(&self, plan: &Plan, peer: usize, header: &Header, expected: u64) -> Error {
+    fn mismatch(&mut self, plan: &Plan, peer: usize, header: &Header, expected: u64) -> Error {
         let at = self.at(plan);
+        // A call that only shares is over before anyone takes it; what its rank sends next must not hide it.
+        let first = self.transport.peek(Line::Shared(peer)).filter(|shared| {
+            let call = Call::decode(shared).map(|(call, _)| call);
+            call.is_some_and(|call| self.same_place(&call) && call != self.call)
+        });
+        let header = first.as_ref().unwrap_or(header);
         match Call::decode(header) {
             None => Error::Corrupt { peer, what: format!("a call that begins {:02x?}", &header[..16]), at },
             Some((theirs, bytes)) if theirs == self.call => Error::Mismatch {
@@ -272,6 +280,27 @@ impl Flow<'_> {
                 Error::Mismatch { peer, mine, theirs: self.describe(&theirs), at }
             }
         }
+    }
+
+    /// Whether a call is, for its rank, what this one is for this rank.
+    fn same_place(&self, call: &Call) -> bool {
+        (call.group, call.sequence) == (self.call.group, self.call.sequence)
+    }
+
+    /// The header of another call on a line that this one doesn't read, from a rank that it waits for. Twice in a row
+    /// with nothing moved between: a rank may be done with this call and in the next, but then what it sent before is here.
+    fn stray(&mut self, plan: &Plan, patience: &mut Patience) -> Option<(usize, Header)> {
+        let found = patience.recvs.iter().find_map(|line| {
+            let other = match *line {
+                Line::Pair(peer) => Line::Shared(peer),
+                Line::Shared(peer) => Line::Pair(peer),
+            };
+            let read = plan.lanes.iter().any(|lane| self.line(lane.route) == Some((other, false)));
+            let header = if read { None } else { self.transport.peek(other) };
+            header.map(|header| (other, header))
+        });
+        let before = std::mem::replace(&mut patience.stray, found.map(|(line, _)| line));
+        found.filter(|(line, _)| before == Some(*line)).map(|(line, header)| (line.rank(), header))
     }
 
     fn describe(&self, call: &Call) -> String {
@@ -321,6 +350,11 @@ impl Flow<'_> {
         patience.peers.dedup();
         let changes = self.control.changes();
         self.judge(plan, patience, broken, now)?;
+        if patience.announced
+            && let Some((peer, header)) = self.stray(plan, patience)
+        {
+            return Err(self.mismatch(plan, peer, &header, 0));
+        }
         if now.duration_since(since) >= STALL && !patience.announced {
             patience.announced = true;
             self.control.announce(Some(self.call));
@@ -352,8 +386,7 @@ impl Flow<'_> {
         if patience.announced {
             for (peer, theirs) in self.control.calls().into_iter().enumerate() {
                 let Some(theirs) = theirs else { continue };
-                let same_place = theirs.group == self.call.group && theirs.sequence == self.call.sequence;
-                if same_place && theirs != self.call {
+                if self.same_place(&theirs) && theirs != self.call {
                     let (mine, theirs) = (self.call.to_string(), theirs.to_string());
                     return Err(Error::Mismatch { peer, mine, theirs, at: self.at(plan) });
                 }

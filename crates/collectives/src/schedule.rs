@@ -121,8 +121,6 @@ pub enum Action {
     Share,
     /// What a rank shares comes into the span.
     Take(usize),
-    /// What a rank shares is reduced into the span.
-    TakeReduce(usize),
     /// This other span (of equal length) is copied into the span.
     Copy(Span),
     /// This other span is reduced into the span.
@@ -143,9 +141,7 @@ impl Step {
     fn touches(&self) -> (Option<Span>, Option<Span>) {
         match self.action {
             Action::Send(_) | Action::Share => (Some(self.span), None),
-            Action::Recv(_) | Action::RecvReduce(_) | Action::Take(_) | Action::TakeReduce(_) => {
-                (None, Some(self.span))
-            }
+            Action::Recv(_) | Action::RecvReduce(_) | Action::Take(_) => (None, Some(self.span)),
             Action::Copy(from) | Action::Reduce(from) => (Some(from), Some(self.span)),
         }
     }
@@ -200,11 +196,6 @@ impl Shape<'_> {
     /// How what `from` gives to all others is taken.
     fn take(&self, from: usize) -> Action {
         if self.shares_with_all() { Action::Take(from) } else { Action::Recv(from) }
-    }
-
-    /// The same, to be reduced.
-    fn take_reduce(&self, from: usize) -> Action {
-        if self.shares_with_all() { Action::TakeReduce(from) } else { Action::RecvReduce(from) }
     }
 
     /// The rank `distance` further round the ring.

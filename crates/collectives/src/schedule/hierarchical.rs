@@ -111,8 +111,8 @@ pub(super) fn hierarchical(
                 if distance + 1 < hosts {
                     exchange(gateway, layout.gateway(c, distance + 1), Action::Recv);
                 }
-                // Two have nobody else to share with.
-                if shape.shares && layout.host(c, distance).count() > 2 {
+                // Two have nobody else to share with. Within an all-reduce it costs more than it saves (`all_reduce`).
+                if shape.shares && part == Part::Gather && layout.host(c, distance).count() > 2 {
                     let here = layout.host(c, distance).any(|rank| rank == shape.rank);
                     let action = if gateway == shape.rank { Action::Share } else { Action::Take(gateway) };
                     steps.extend(here.then_some(Step { action, span }));

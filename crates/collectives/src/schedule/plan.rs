@@ -30,7 +30,7 @@ impl Route {
             Action::Send(to) => Self::To(to),
             Action::Recv(from) | Action::RecvReduce(from) => Self::From(from),
             Action::Share => Self::ToAll,
-            Action::Take(from) | Action::TakeReduce(from) => Self::Shared(from),
+            Action::Take(from) => Self::Shared(from),
             Action::Copy(_) | Action::Reduce(_) => Self::Within,
         }
     }
@@ -245,7 +245,7 @@ mod tests {
             let others = || (0..n).filter(|other| *other != rank && hosts[*other] == hosts[rank]);
             len = len.min(match action {
                 Action::Recv(from) | Action::RecvReduce(from) => wires[from * n + rank].len(),
-                Action::Take(from) | Action::TakeReduce(from) => shared[from * n + rank].len(),
+                Action::Take(from) => shared[from * n + rank].len(),
                 Action::Send(to) => most - wires[rank * n + to].len(),
                 Action::Share => {
                     others().map(|other| most - shared[rank * n + other].len()).min().unwrap_or(most)
@@ -262,10 +262,6 @@ mod tests {
                         others().for_each(|to| shared[rank * n + to].push_back(node.regions[at][i]));
                     }
                     Action::Take(from) => node.regions[at][i] = shared[from * n + rank].pop_front().unwrap(),
-                    Action::TakeReduce(from) => {
-                        let byte = shared[from * n + rank].pop_front().unwrap();
-                        node.regions[at][i] = node.regions[at][i].wrapping_add(byte);
-                    }
                     Action::RecvReduce(from) => {
                         let byte = wires[from * n + rank].pop_front().unwrap();
                         node.regions[at][i] = node.regions[at][i].wrapping_add(byte);

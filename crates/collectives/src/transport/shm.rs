@@ -456,3 +456,110 @@ impl Transport for SharedMemory {
         Arc::new(move || map.ring(rank))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn ranks(n: usize) -> Vec<SharedMemory> {
+        let (first, fd) = SharedMemory::create(1, n).unwrap();
+        let open = |rank| SharedMemory::open(fd.try_clone().unwrap(), 1, rank, n).unwrap();
+        std::iter::once(first).chain((1..n).map(open)).collect()
+    }
+
+    /// Sends until there is no room; how many bytes went.
+    fn fill(rank: &mut SharedMemory, to: Line) -> usize {
+        let bytes = [7u8; 1000];
+        let (mut sent, mut more) = (0, true);
+        while more {
+            let n = rank.send(to, &bytes).unwrap();
+            (sent, more) = (sent + n, n > 0);
+        }
+        sent
+    }
+
+    fn drain(rank: &mut SharedMemory, from: Line, mut bytes: usize) {
+        let mut into = [0u8; 1000];
+        while bytes > 0 {
+            let most = bytes.min(into.len());
+            let n = rank.recv(from, &mut into[..most]).unwrap();
+            assert!(n > 0 && into[..n].iter().all(|b| *b == 7));
+            bytes -= n;
+        }
+    }
+
+    #[test]
+    fn what_one_shares_waits_for_the_slowest_and_comes_to_all() {
+        let mut ranks = ranks(3);
+        let line = Line::Shared(0);
+        assert!(ranks[0].open_send(line, &[5; 64]).unwrap());
+        let sent = fill(&mut ranks[0], line);
+        assert_eq!((sent + 64, ranks[0].behind(line)), (ranks[0].map.shared(0).bytes(), vec![1, 2]));
+        for (reader, behind) in [(1, vec![2]), (2, vec![])] {
+            assert!(!ranks[0].is_ready(&[line], &[]));
+            assert_eq!(ranks[reader].peek(line), Some([5; 64]));
+            assert_eq!(ranks[reader].open_recv(line).unwrap(), Some([5; 64]));
+            drain(&mut ranks[reader], line, sent);
+            assert_eq!(ranks[0].behind(line), behind);
+        }
+        assert!(ranks[0].is_ready(&[line], &[]));
+        assert_eq!(fill(&mut ranks[0], line), (sent + 64) / 64 * 64);
+        // Nobody's pair is touched by it.
+        assert_eq!(ranks[1].open_recv(Line::Pair(0)).unwrap(), None);
+    }
+
+    #[test]
+    fn positions_that_cannot_be_are_named_with_their_rank() {
+        let mut ranks = ranks(3);
+        let line = Line::Shared(0);
+        assert!(ranks[0].open_send(line, &[5; 64]).unwrap());
+        let sent = fill(&mut ranks[0], line) as u64 + 64;
+        let ring = ranks[0].map.shared(0);
+        // Rank 2 says that it has read more than there is, or less than before.
+        ranks[0].map.tail(&ring, 2).store(sent + 1, Ordering::Release);
+        let said = ranks[0].send(line, &[1; 8]);
+        assert!(
+            matches!(&said, Err(Fault::Corrupt { peer: 2, what }) if what.contains("outside")),
+            "{said:?}"
+        );
+        ranks[0].map.tail(&ring, 2).store(128, Ordering::Release);
+        assert_eq!(ranks[0].send(line, &[1; 8]), Ok(0), "rank 1 has taken nothing yet");
+        ranks[0].map.tail(&ring, 2).store(64, Ordering::Release);
+        assert!(matches!(ranks[0].send(line, &[1; 8]), Err(Fault::Corrupt { peer: 2, .. })));
+        // Rank 0 says that it has written more than the ring holds.
+        assert!(ranks[1].open_recv(line).unwrap().is_some());
+        ranks[0].map.head(&ring).store(2 * sent + 4096, Ordering::Release);
+        let mut into = vec![0; ring.bytes() + 1];
+        let said = loop {
+            match ranks[1].recv(line, &mut into) {
+                Ok(n) if n > 0 => {}
+                said => break said,
+            }
+        };
+        assert!(matches!(said, Err(Fault::Corrupt { peer: 0, .. })), "{said:?}");
+    }
+
+    /// A stream of one byte left the receiver's position odd; the next one's sender filled the ring to the last byte, and
+    /// the receiver, who can't add a quarter of a number, looked for the rest without sleeping until the sender ran again.
+    #[test]
+    fn no_part_of_an_element_is_sent_because_a_ring_is_full() {
+        let mut ranks = ranks(3);
+        let line = (Line::Pair(1), Line::Pair(0));
+        assert!(ranks[0].open_send(line.0, &[5; 64]).unwrap());
+        assert_eq!(ranks[0].send(line.0, &[7]), Ok(1));
+        assert!(ranks[1].open_recv(line.1).unwrap().is_some());
+        drain(&mut ranks[1], line.1, 1);
+        assert!(ranks[0].open_send(line.0, &[5; 64]).unwrap());
+        let whole = vec![7u8; ranks[0].map.pair(0, 1).bytes()];
+        let mut sent = 0;
+        loop {
+            let n = ranks[0].send(line.0, &whole[sent..]).unwrap();
+            assert!(n % 8 == 0, "{n} bytes after {sent}");
+            if n == 0 {
+                break;
+            }
+            sent += n;
+        }
+        assert!(sent > 0 && sent < whole.len());
+    }
+}
