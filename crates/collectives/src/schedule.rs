@@ -184,7 +184,7 @@ impl Shape<'_> {
     }
 
     /// `span` goes to all other ranks.
-    fn to_all(&self, span: Span, steps: &mut Vec<Step>) {
+    fn give_all(&self, span: Span, steps: &mut Vec<Step>) {
         if self.shares_with_all() {
             steps.push(Step { action: Action::Share, span });
             return;

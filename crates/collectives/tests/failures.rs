@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use common::worker::{Worker, clock_us};
 use common::{KINDS, TOKEN, options, store, world};
-use consort_collectives::{Error, Group, JoinOptions, ReduceOp, TransportKind};
+use consort_collectives::{Algorithm, Error, Group, JoinOptions, ReduceOp, TransportKind};
 
 #[test]
 fn worker_process() {
@@ -116,6 +116,69 @@ fn different_calls_are_told_apart_on_every_rank() {
             assert!(text.contains("broadcast from root 2") && text.contains("all_reduce (sum)"), "{text}");
         }
     }
+}
+
+/// What one rank shares with all lies where those who wait for it over the ring of a pair don't read. The root's call is
+/// over before anyone objects, and it makes no other.
+#[test]
+fn a_shared_broadcast_is_found_by_those_who_wait_for_something_else() {
+    for kind in KINDS {
+        let said = world(kind, 4, |mut group| {
+            let mut buffer = [0f32; 40];
+            if group.rank() != 2 {
+                group.set_algorithm(Some(Algorithm::Ring));
+                return group.all_reduce(&mut buffer, ReduceOp::Sum).unwrap_err();
+            }
+            group.set_algorithm(Some(Algorithm::OneShot));
+            group.broadcast(&mut buffer, 2).unwrap();
+            eventually("the others to object", || group.fault())
+        });
+        for error in &said {
+            let text = error.to_string();
+            assert!(
+                text.contains("broadcast from root 2") && text.contains("all_reduce (sum)"),
+                "{kind:?}: {text}"
+            );
+        }
+    }
+}
+
+/// Sub-groups and pairs go on over rings of their own while the whole group shares, in any order and for any length.
+#[test]
+fn what_is_shared_and_what_goes_to_one_rank_do_not_hold_each_other_up() {
+    world(KINDS[0], 5, |mut group| {
+        group.set_algorithm(Some(Algorithm::OneShot));
+        let (rank, n) = (group.rank(), group.world_size());
+        let mut some = group.subgroup(&[3, 1, 4]).unwrap();
+        let mut all_again = group.subgroup(&[4, 3, 2, 1, 0]).unwrap().unwrap();
+        all_again.set_algorithm(Some(Algorithm::OneShot));
+        for count in [0, 1, 63, 1000, 300_001, 7, 600_000] {
+            let root = count % n;
+            let mut buffer = vec![rank as i32; count];
+            group.broadcast(&mut buffer, root).unwrap();
+            assert!(buffer.iter().all(|x| *x == root as i32));
+            if let Some(some) = &mut some {
+                let mut sum = [rank as i32, count as i32];
+                some.all_reduce(&mut sum, ReduceOp::Sum).unwrap();
+                assert_eq!(sum, [8, 3 * count as i32]);
+            }
+            if rank == 0 {
+                group.send(&buffer_of(count), 2).unwrap();
+            } else if rank == 2 {
+                let mut got = vec![0u8; count];
+                group.recv(&mut got, 0).unwrap();
+                assert_eq!(got, buffer_of(count));
+            }
+            let mut parts = vec![0i32; n * 100];
+            parts[all_again.rank() * 100..][..100].fill(rank as i32 + 1);
+            all_again.all_gather(&mut parts).unwrap();
+            assert!((0..n * 100).all(|i| parts[i] == (n - i / 100) as i32));
+        }
+    });
+}
+
+fn buffer_of(count: usize) -> Vec<u8> {
+    (0..count).map(|i| (i % 251) as u8).collect()
 }
 
 #[test]

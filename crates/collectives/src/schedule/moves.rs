@@ -23,7 +23,7 @@ pub fn all_gather(algorithm: Algorithm, shape: Shape<'_>, offsets: Option<&[usiz
     };
     match algorithm {
         Algorithm::OneShot => {
-            shape.to_all(span(shape.rank), &mut steps);
+            shape.give_all(span(shape.rank), &mut steps);
             for distance in 1..n {
                 let from = shape.before(distance);
                 steps.push(Step { action: shape.take(from), span: span(from) });

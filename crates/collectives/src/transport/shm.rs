@@ -554,7 +554,7 @@ mod tests {
         let mut sent = 0;
         loop {
             let n = ranks[0].send(line.0, &whole[sent..]).unwrap();
-            assert!(n % 8 == 0, "{n} bytes after {sent}");
+            assert!(n.is_multiple_of(8), "{n} bytes after {sent}");
             if n == 0 {
                 break;
             }
