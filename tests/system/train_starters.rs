@@ -2,7 +2,9 @@
 
 use std::process::{Command, Stdio};
 
-use crate::train::{Place, STEPS, Training, consort, expected};
+use rustix::process::Signal;
+
+use crate::train::{Place, STEPS, Training, consort, expected, wait};
 
 /// As torchrun sets them for processes on two machines; both are this one.
 #[test]
@@ -29,6 +31,28 @@ fn torchruns_variables_bring_two_machines_together() {
     assert_eq!(first.weights(), expected, "{}", first.errors);
     let other = other.end();
     assert!(other.status.success(), "{}", other.errors);
+}
+
+/// Once it took five minutes: a worker that waited for the others heard of nothing else.
+#[test]
+fn a_job_that_waits_for_others_ends_when_it_is_told_to() {
+    let place = Place::new(STEPS);
+    let mut command = consort();
+    command.arg("train").arg(place.job());
+    // One of two, so that it never begins.
+    command.envs([("RANK", "0"), ("WORLD_SIZE", "2"), ("TORCHELASTIC_RUN_ID", "alone")]);
+    let mut training = Training::start(command);
+    training.pid(0);
+    let joining = || {
+        let status = std::fs::read_to_string(place.out().join("job/status.json")).unwrap_or_default();
+        status.contains("joining")
+    };
+    wait("the worker's wait", joining);
+    training.signal(Signal::INT);
+    let ended = training.end();
+    assert_eq!(ended.status.code(), Some(1), "{}", ended.errors);
+    assert!(ended.errors.contains("stopped before the first step was done"), "{}", ended.errors);
+    assert!(!ended.errors.contains("doesn't stop"), "{}", ended.errors);
 }
 
 /// As srun sets them for the tasks of a step; the step's number is part of the run's name.
