@@ -2,11 +2,17 @@
 
 use std::ffi::OsStr;
 use std::fs;
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Command, ExitStatus, Stdio};
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
+
+/// How long [`followed`] shows nothing.
+const QUIET: Duration = Duration::from_secs(20);
 
 /// The command as a person would type it.
 pub(crate) fn spelled(command: &Command) -> String {
@@ -48,6 +54,11 @@ pub(crate) fn logged(command: &mut Command, log: &Path) -> Result<()> {
         .stderr(file)
         .status()
         .with_context(|| format!("cannot start `{}`", spelled(command)))?;
+    judged(command, status, log)
+}
+
+/// An error with the log's last lines where the command failed.
+fn judged(command: &Command, status: ExitStatus, log: &Path) -> Result<()> {
     if !status.success() {
         let text = fs::read(log).map(|b| String::from_utf8_lossy(&b).into_owned()).unwrap_or_default();
         let lines: Vec<_> = text.lines().collect();
@@ -55,6 +66,42 @@ pub(crate) fn logged(command: &mut Command, log: &Path) -> Result<()> {
         bail!("`{}` ended with {status}; the end of {}:\n{tail}", spelled(command), log.display());
     }
     Ok(())
+}
+
+/// As [`logged`], for what takes minutes: each line is also shown as it comes, and where none comes for [`QUIET`], that it
+/// goes on.
+pub(crate) fn followed(command: &mut Command, log: &Path) -> Result<()> {
+    let mut file = fs::File::create(log).with_context(|| format!("cannot write {}", log.display()))?;
+    let (reader, writer) = std::io::pipe()?;
+    command.stdin(Stdio::null()).stdout(writer.try_clone()?).stderr(writer);
+    let mut child = command.spawn().with_context(|| format!("cannot start `{}`", spelled(command)))?;
+    // The pipe ends when the child's ends of it are the last ones.
+    command.stdout(Stdio::null()).stderr(Stdio::null());
+    let (lines, shown) = mpsc::sync_channel(64);
+    let reading = thread::spawn(move || {
+        for line in BufReader::new(reader).split(b'\n').map_while(Result::ok) {
+            if lines.send(String::from_utf8_lossy(&line).into_owned()).is_err() {
+                return;
+            }
+        }
+    });
+    let started = Instant::now();
+    loop {
+        match shown.recv_timeout(QUIET) {
+            Ok(line) => {
+                writeln!(file, "{line}")?;
+                println!("  {}", line.trim_end());
+            }
+            Err(RecvTimeoutError::Timeout) => {
+                println!("  … {} s, still at it", started.elapsed().as_secs());
+            }
+            Err(RecvTimeoutError::Disconnected) => break,
+        }
+    }
+    // It ends with the pipe.
+    let _ = reading.join();
+    let status = child.wait()?;
+    judged(command, status, log)
 }
 
 /// Runs to the end, passing each line of stdout on and showing it to `see`.
@@ -105,4 +152,25 @@ pub(crate) fn target_folder(root: &Path) -> PathBuf {
     std::env::var_os("CARGO_TARGET_DIR")
         .map(|folder| root.join(folder))
         .unwrap_or_else(|| root.join("target"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn shell(script: &str) -> Command {
+        let mut command = Command::new("sh");
+        command.args(["-c", script]);
+        command
+    }
+
+    #[test]
+    fn what_is_followed_is_logged_whole_and_fails_with_its_last_words() {
+        let log = std::env::temp_dir().join(format!("consort-xtask-followed-{}", std::process::id()));
+        followed(&mut shell("echo one; echo two >&2; printf three"), &log).unwrap();
+        assert_eq!(fs::read_to_string(&log).unwrap(), "one\ntwo\nthree\n");
+        let error = followed(&mut shell("echo the reason >&2; exit 3"), &log).unwrap_err().to_string();
+        assert!(error.contains("the reason") && error.contains("exit status: 3"), "{error}");
+        let _ = fs::remove_file(&log);
+    }
 }

@@ -9,10 +9,13 @@ use std::process::Command;
 
 use anyhow::{Context, Result, bail};
 
-use crate::command::{find, logged, output, target_folder};
+use crate::command::{find, followed, logged, output, target_folder};
 
 /// The Python packages that the tests drive Consort with. Pinned, so that a red run is ours and not a new release's.
 const PYTHON_PACKAGES: [&str; 2] = ["openai==3.52.0", "jsonschema==4.26.0"];
+
+/// How often pip may try: downloads of gigabytes break off.
+const ATTEMPTS: u32 = 3;
 
 /// What a prepared machine has.
 pub(crate) struct Machine {
@@ -87,11 +90,59 @@ pub(crate) fn python(work: &Path, name: &str, packages: &[&str]) -> Result<PathB
     if python.exists() && fs::read_to_string(&stamp).is_ok_and(|have| have == wanted) {
         return Ok(python);
     }
-    println!("xtask: making a Python environment with {}", packages.join(" "));
     let log = work.join(format!("python-{name}.log"));
+    println!("xtask: making a Python environment with {}; its log is {}", packages.join(" "), log.display());
+    unlink(&folder)?;
     logged(Command::new("python3").args(["-m", "venv", "--clear"]).arg(&folder), &log)?;
-    let pip = ["-m", "pip", "install", "--quiet", "--disable-pip-version-check"];
-    logged(Command::new(&python).args(pip).args(packages), &log)?;
+    let mut attempt = 1;
+    loop {
+        // What pip has fetched whole stays in its cache, so a later attempt goes on from there.
+        let pip = ["-m", "pip", "install", "--no-input", "--disable-pip-version-check", "--retries", "5"];
+        match followed(Command::new(&python).args(pip).args(["--timeout", "60"]).args(packages), &log) {
+            Ok(()) => break,
+            Err(error) if attempt < ATTEMPTS => println!("xtask: attempt {attempt} of {ATTEMPTS}: {error:#}"),
+            Err(error) => {
+                return Err(error).with_context(|| {
+                    format!("no Python environment with {} after {ATTEMPTS} attempts", packages.join(" "))
+                });
+            }
+        }
+        attempt += 1;
+    }
     fs::write(&stamp, wanted)?;
     Ok(python)
+}
+
+/// `venv --clear` empties what a link leads to and then refuses the link. The link is ours by its name; what it leads
+/// to may be anybody's.
+fn unlink(folder: &Path) -> Result<()> {
+    match fs::symlink_metadata(folder) {
+        Ok(metadata) if !metadata.is_dir() => {
+            println!("xtask: {} is no folder of its own; it makes way for one", folder.display());
+            fs::remove_file(folder).with_context(|| format!("cannot remove {}", folder.display()))
+        }
+        _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// An environment that was a link to another one: making it anew emptied the other one and then failed.
+    #[cfg(unix)]
+    #[test]
+    fn a_link_makes_way_and_what_it_leads_to_stays() {
+        let base = std::env::temp_dir().join(format!("consort-xtask-link-{}", std::process::id()));
+        let (theirs, link) = (base.join("theirs"), base.join("python-x"));
+        fs::create_dir_all(&theirs).unwrap();
+        fs::write(theirs.join("kept"), "").unwrap();
+        std::os::unix::fs::symlink(&theirs, &link).unwrap();
+        unlink(&link).unwrap();
+        assert!(!link.exists() && theirs.join("kept").exists());
+        unlink(&theirs).unwrap();
+        unlink(&link).unwrap();
+        assert!(theirs.join("kept").exists());
+        fs::remove_dir_all(&base).unwrap();
+    }
 }
