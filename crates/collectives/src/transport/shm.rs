@@ -495,8 +495,9 @@ mod tests {
         assert!(ranks[0].open_send(line, &[5; 64]).unwrap());
         let sent = fill(&mut ranks[0], line);
         assert_eq!((sent + 64, ranks[0].behind(line)), (ranks[0].map.shared(0).bytes(), vec![1, 2]));
-        for (reader, behind) in [(1, vec![2]), (2, vec![])] {
+        for (reader, behind) in [(2, vec![1]), (1, vec![])] {
             assert!(!ranks[0].is_ready(&[line], &[]));
+            assert_eq!(fill(&mut ranks[0], line), 0);
             assert_eq!(ranks[reader].peek(line), Some([5; 64]));
             assert_eq!(ranks[reader].open_recv(line).unwrap(), Some([5; 64]));
             drain(&mut ranks[reader], line, sent);
