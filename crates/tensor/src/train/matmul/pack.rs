@@ -189,9 +189,7 @@ impl PackedA {
                 let enough = |x: &[f32]| rows == TILE_ROWS && x.len() >= row + LANES;
                 match odd {
                     None if M::VALUES == 1 && enough(even) => {
-                        for (out, x) in out.iter_mut().zip(&even[row..row + LANES]) {
-                            *out = x.to_bits();
-                        }
+                        out.copy_from_slice(words(&even[row..row + LANES]));
                     }
                     Some(odd) if enough(odd) => {
                         let (even, odd) = (&even[row..row + LANES], &odd[row..row + LANES]);
@@ -219,9 +217,7 @@ impl PackedA {
 #[inline(always)]
 fn pack_row<L: Lanes, M: Multiply>(l: L, row: &[f32], out: &mut [u32]) {
     if M::VALUES == 1 {
-        for (out, x) in out.iter_mut().zip(row) {
-            *out = x.to_bits();
-        }
+        out.copy_from_slice(words(row));
         return;
     }
     let whole = row.len() / (2 * LANES);
@@ -302,9 +298,7 @@ impl PackedB {
                     // SAFETY: sixteen values and words each.
                     unsafe { l.round_rows_at(even.as_ptr(), odd.as_ptr(), out.as_mut_ptr()) };
                 } else {
-                    for (out, x) in out.iter_mut().zip(&even[col..col + LANES]) {
-                        *out = x.to_bits();
-                    }
+                    out.copy_from_slice(words(&even[col..col + LANES]));
                 }
             }
             // The last panel's second vector, where no column falls into it.
