@@ -187,17 +187,19 @@ impl Charge {
     }
 }
 
-/// The algorithm for each length: the fastest that may be taken, unless the one before it is nearly as fast.
+/// The algorithm for each length: the fastest that may be taken, unless the one before it is nearly as fast. The last
+/// length stands for all that are longer, where little becomes much: there it is the fastest.
 fn best(times: &Times, charge: Charge) -> Vec<(usize, String)> {
     let mut chosen: Vec<(usize, String)> = Vec::new();
-    for (bytes, by) in times {
+    for (index, (bytes, by)) in times.iter().enumerate() {
+        let worth = if index + 1 < times.len() { WORTH } else { 1.0 };
         let micros = |name: &str| by.get(name).map_or(f64::INFINITY, |rounds| median(rounds.clone()));
         let fair = |name: &&String| charge.allows(name, *bytes);
         let Some(fastest) = by.keys().filter(fair).min_by(|a, b| micros(a).total_cmp(&micros(b))) else {
             continue;
         };
         let before = chosen.last().map(|(_, name)| name.clone());
-        let stays = before.filter(|name| fair(&name) && micros(name) < micros(fastest) * WORTH);
+        let stays = before.filter(|name| fair(&name) && micros(name) < micros(fastest) * worth);
         chosen.push((*bytes, stays.unwrap_or_else(|| fastest.clone())));
     }
     chosen
@@ -254,7 +256,7 @@ fn page_head(arguments: &TuneArguments) -> String {
          them, so their figures say how things are on a full machine and not how they would be with a core for each.\n\n\
          Microseconds of a call over f32, on its slowest rank, the median over rounds. **Bold** is what a call takes when \
          nobody names an algorithm (`Group::set_algorithm`, `--algorithm`): the fastest, unless the one for the next shorter \
-         length is within {:.0} %; between more than two ranks that don't share memory, for a megabyte and more, only one that \
+         length is within {:.0} % (the last length stands for all longer ones: there the fastest); between more than two ranks that don't share memory, for a megabyte and more, only one that \
          sends no whole vectors, and between hosts of several ranks, for 64 KB and more, only the hierarchical one, since a loopback doesn't charge for bytes as a link does \
          (over one of 1 Gb/s it is the fastest from there on: 0.47 ms for 64 KB, 9.4 for 1 MB, where halving and doubling takes 1.0 and 18.7). *mixed* is shared memory inside each of two hosts, of two ranks each, and TLS between them \
          (both hosts are this machine). `consort bench collectives --tune` measures the same anywhere.\n",
@@ -319,15 +321,20 @@ mod tests {
         let of = |tree: f64, ring: f64| {
             BTreeMap::from([("one_shot".to_owned(), vec![tree]), ("ring".to_owned(), vec![ring, ring, 1e9])])
         };
-        let times: Times =
-            [(256, of(1.0, 2.0)), (1024, of(2.0, 1.95)), (4096, of(9.0, 3.0)), (16384, of(11.0, 12.0))]
-                .into();
+        let times: Times = [
+            (256, of(1.0, 2.0)),
+            (1024, of(2.0, 1.95)),
+            (4096, of(9.0, 3.0)),
+            (16384, of(11.0, 12.0)),
+            (65536, of(11.0, 12.0)),
+        ]
+        .into();
         let best = best(&times, Charge::Nothing);
         let names: Vec<&str> = best.iter().map(|(_, name)| name.as_str()).collect();
-        assert_eq!(names, ["one_shot", "one_shot", "ring", "ring"]);
+        assert_eq!(names, ["one_shot", "one_shot", "ring", "ring", "one_shot"]);
         assert_eq!(
             row("AllReduce", "Tcp", 2, &best),
-            "    Row { operation: AllReduce, transport: Tcp, ranks: 2, up_to: &[(2048, OneShot), (MAX, Ring)] },"
+            "    Row { operation: AllReduce, transport: Tcp, ranks: 2, up_to: &[(2048, OneShot), (32768, Ring), (MAX, OneShot)] },"
         );
     }
 }
