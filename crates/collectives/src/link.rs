@@ -26,7 +26,7 @@ use crate::auth::{self, Key, Purpose, STATEMENT};
 use crate::element::{Element, bytes_of, bytes_of_mut};
 use crate::error::Error;
 use crate::lobby::{Lobby, Stranger};
-use crate::net::{Interest, Listener, Stream, TlsStream, connect_tcp, poll, without_descriptors};
+use crate::net::{Interest, Listener, Stream, TlsStream, connect_tcp, poll};
 use crate::tls::{self, Authority};
 
 const HANDSHAKE: Duration = Duration::from_secs(5);
@@ -172,14 +172,7 @@ impl Door {
             if ready.get(1) == Some(&true) {
                 break;
             }
-            let entered = self.listener.accept().and_then(|stream| Ok((lobby.enter(&stream)?, stream)));
-            let (stranger, stream) = match entered {
-                Ok(entered) => entered,
-                Err(error) => {
-                    without_descriptors(&error);
-                    continue;
-                }
-            };
+            let Some((stranger, stream)) = lobby.accept(&self.listener) else { continue };
             if threads.len() >= self.limits.connections {
                 if lobby.worth_a_line() {
                     tracing::warn!(peer = %stream.peer(), "closed a connection: too many at once");

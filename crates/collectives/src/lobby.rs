@@ -12,7 +12,7 @@ use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use crate::net::Stream;
+use crate::net::{Listener, Stream, without_descriptors};
 
 /// Connections that have proved nothing yet.
 pub(crate) const ROOM: usize = 64;
@@ -37,7 +37,7 @@ impl Lobby {
     ///
     /// # Errors
     /// Where the system has no second descriptor for it.
-    pub(crate) fn enter(self: &Arc<Self>, stream: &Stream) -> io::Result<Stranger> {
+    fn enter(self: &Arc<Self>, stream: &Stream) -> io::Result<Stranger> {
         let handle = match stream {
             Stream::Tcp(tcp) => Stream::Tcp(tcp.try_clone()?),
             Stream::Unix(unix) => Stream::Unix(unix.try_clone()?),
@@ -53,6 +53,13 @@ impl Lobby {
         }
         waiting.push_back((number, handle));
         Ok(Stranger { lobby: Arc::clone(self), number })
+    }
+
+    /// Accepts whoever knocks. `None` where that fails: they have gone, or there are no descriptors, for which it waits a
+    /// moment.
+    pub(crate) fn accept(self: &Arc<Self>, listener: &Listener) -> Option<(Stranger, Stream)> {
+        let entered = listener.accept().and_then(|stream| Ok((self.enter(&stream)?, stream)));
+        entered.inspect_err(without_descriptors).ok()
     }
 
     /// Counts somebody who was turned away; whether it is worth a line in the log.

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use crate::auth::{self, Key, Purpose, STATEMENT};
 use crate::error::Error;
 use crate::lobby::{self, Lobby};
-use crate::net::{Interest, Listener, Stream, TlsStream, poll, without_descriptors};
+use crate::net::{Interest, Listener, Stream, TlsStream, poll};
 use crate::tls::{self, Identity};
 
 /// Threads that greet: some of those whom the lobby has sent away are yet to end.
@@ -90,22 +90,16 @@ impl Mesh<'_> {
                 // While handshakes run, their ends are looked at often.
                 let nap = if running == 0 { left } else { Duration::from_millis(1) };
                 poll(&[interest], nap.min(left), &mut ready);
-                let entered = || {
-                    let stream = self.listener.accept()?;
-                    Ok((lobby.enter(&stream)?, stream))
-                };
-                match if running < GREETERS { entered() } else { Err(ErrorKind::WouldBlock.into()) } {
-                    Ok((stranger, stream)) => {
-                        running += 1;
-                        let (done, lobby) = (done.clone(), &lobby);
-                        scope.spawn(move || {
-                            let welcomed = self.greet(stream, lobby);
-                            drop(stranger);
-                            // There is room for the words of all of them, so the scope's end waits for nobody.
-                            let _ = done.send(welcomed);
-                        });
-                    }
-                    Err(error) => without_descriptors(&error),
+                let entered = if running < GREETERS { lobby.accept(self.listener) } else { None };
+                if let Some((stranger, stream)) = entered {
+                    running += 1;
+                    let (done, lobby) = (done.clone(), &lobby);
+                    scope.spawn(move || {
+                        let welcomed = self.greet(stream, lobby);
+                        drop(stranger);
+                        // There is room for the words of all of them, so the scope's end waits for nobody.
+                        let _ = done.send(welcomed);
+                    });
                 }
                 while let Ok(arrival) = arrivals.try_recv() {
                     running -= 1;
@@ -214,6 +208,21 @@ mod tests {
         key.identity(&certificate, authority.certificate()).unwrap()
     }
 
+    /// Rank 0 of two, in the clear.
+    fn first_of_two<'a>(listener: &'a Listener, key: &'a Key, deadline: Instant) -> Mesh<'a> {
+        Mesh {
+            epoch: 1,
+            rank: 0,
+            world_size: 2,
+            peers: &[0, 1],
+            connections: 1,
+            listener,
+            key,
+            identity: None,
+            deadline,
+        }
+    }
+
     /// Rank 0 of two waits for rank 1. Before that one come: garbage; a connection that says nothing; one that hangs up
     /// at once; the right token with a certificate of another job, of another epoch, and of another rank; and another
     /// token with the right certificate. Each is refused, and rank 1 is still let in.
@@ -224,17 +233,7 @@ mod tests {
         let (listener, address) = Listener::tcp("127.0.0.1:0").unwrap();
         let key = Key::new(b"the token");
         let mine = identity(&authority, 7, 0);
-        let mesh = Mesh {
-            epoch: 7,
-            rank: 0,
-            world_size: 2,
-            peers: &[0, 1],
-            connections: 1,
-            listener: &listener,
-            key: &key,
-            identity: Some(&mine),
-            deadline,
-        };
+        let mesh = Mesh { epoch: 7, identity: Some(&mine), ..first_of_two(&listener, &key, deadline) };
         let call = |identity: &Identity, token: &[u8]| -> std::io::Result<Stream> {
             let tcp = TcpStream::connect(address)?;
             let tls = TlsStream::connect(tcp, Arc::clone(&identity.client), tls::name(7, 0), deadline)?;
@@ -270,17 +269,7 @@ mod tests {
         let deadline = Instant::now() + 2 * HANDSHAKE;
         let (listener, address) = Listener::tcp("127.0.0.1:0").unwrap();
         let key = Key::new(b"the token");
-        let mesh = Mesh {
-            epoch: 1,
-            rank: 0,
-            world_size: 2,
-            peers: &[0, 1],
-            connections: 1,
-            listener: &listener,
-            key: &key,
-            identity: None,
-            deadline,
-        };
+        let mesh = first_of_two(&listener, &key, deadline);
         let silent: Vec<TcpStream> = std::thread::scope(|scope| {
             let waiting = scope.spawn(|| mesh.connect(|_| Err(ErrorKind::Unsupported.into())));
             let silent = (0..4 * lobby::ROOM).map(|_| TcpStream::connect(address).unwrap()).collect();

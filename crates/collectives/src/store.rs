@@ -21,7 +21,7 @@ use serde::{Deserialize, Serialize};
 use crate::auth::{self, Key, Purpose, STATEMENT};
 use crate::error::Error;
 use crate::lobby::{Lobby, Stranger};
-use crate::net::{Interest, Listener, Stream, TlsStream, connect_tcp, poll, without_descriptors};
+use crate::net::{Interest, Listener, Stream, TlsStream, connect_tcp, poll};
 use crate::rendezvous::{Command, Event, MemberId, Policy, Rendezvous};
 use crate::tls::{self, Authority};
 use crate::transport::TransportKind;
@@ -226,14 +226,7 @@ impl Door {
             if ready.get(1) == Some(&true) {
                 return lobby.clear();
             }
-            let entered = self.listener.accept().and_then(|stream| Ok((lobby.enter(&stream)?, stream)));
-            let (stranger, stream) = match entered {
-                Ok(entered) => entered,
-                Err(error) => {
-                    without_descriptors(&error);
-                    continue;
-                }
-            };
+            let Some((stranger, stream)) = lobby.accept(&self.listener) else { continue };
             if Arc::strong_count(&inside) > self.max_connections {
                 if lobby.worth_a_line() {
                     tracing::warn!(peer = %stream.peer(), "closed a connection to the store: too many at once");

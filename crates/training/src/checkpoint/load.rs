@@ -35,16 +35,7 @@ pub fn load(
     state: &mut [Buffer<f32>],
 ) -> Result<Option<Loaded>, Error> {
     assert!(weights.len() == layout.len() && state.iter().all(|s| s.len() == layout.len()), "lengths");
-    let cure = match location.starts_with("s3://") {
-        true => {
-            "; the bucket and what lets one in are named by [checkpoints]' `location`, AWS_ENDPOINT_URL, AWS_REGION, \
-             AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
-        }
-        false => "; name another place with [checkpoints]' `location`",
-    };
-    let fail = |error: std::io::Error| Error::Checkpoint(format!("{location}: {error}{cure}"));
-    let store = Store::open(location, options).map_err(fail)?;
-    let names = store.list().map_err(fail)?;
+    let (store, names) = names(location, options)?;
     let complete = names.iter().filter_map(|name| name.strip_suffix(MANIFEST)?.strip_suffix('/'));
     let mut steps: Vec<u64> = complete.filter_map(step_of).collect();
     steps.sort_unstable_by_key(|&step| std::cmp::Reverse(step));
@@ -93,6 +84,7 @@ pub fn remove(location: &str, options: &[(String, String)]) -> Result<(), Error>
     Ok(())
 }
 
+/// The place, and all that lies there.
 fn names(location: &str, options: &[(String, String)]) -> Result<(Store, Vec<String>), Error> {
     let cure = match location.starts_with("s3://") {
         true => {
