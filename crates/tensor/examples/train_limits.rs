@@ -119,7 +119,7 @@ fn heads(pool: &Pool, precision: Precision) {
         let mut scratch = Scratch::default();
         let time = seconds(|| {
             let targets = Targets { tokens: &tokens, weights: &weights };
-            let gradients = Some(Gradients { input: &mut dx, head: &mut dhead });
+            let gradients = Some(Gradients { input: &mut dx, head: &mut dhead, store: Store::Add });
             cross_entropy(pool, precision, &x, &head, width, targets, gradients, &mut scratch).unwrap();
         });
         let operations = 6.0 * (rows * vocab * width) as f64 / 1e9;
@@ -140,12 +140,12 @@ fn streams(pool: &Pool) {
         rms_norm_backward(pool, at, &x, &weight, 1e-5, &gate_up[..x.len()], (&mut out, true), &mut dweight)
     });
     println!("norm backward: {:.0} GB/s", gigabytes(4, time));
-    let time = seconds(|| swiglu(pool, &gate_up, width, &mut out));
+    let time = seconds(|| swiglu(pool, width, (&gate_up, 2 * width), (&mut out, width)));
     println!("swiglu forward: {:.0} GB/s", gigabytes(3, time));
     // Fresh values each time: gradients of gradients would soon be too small to be normal numbers.
     let time = seconds(|| {
         copy(pool, &gate_up, &mut both);
-        swiglu_backward(pool, &mut both, width, &x);
+        swiglu_backward(pool, width, (&mut both, 2 * width), (&x, width));
     });
     println!("swiglu backward and a copy: {:.0} GB/s", gigabytes(9, time));
     let time = seconds(|| copy(pool, &x, &mut out));

@@ -8,7 +8,6 @@ use consort_model::ModelConfig;
 use consort_model::train::{Arena, Decoder, Gradients, Layout, Loss, MicroBatch, Options};
 use consort_tensor::Pool;
 use consort_tensor::buffer::Buffer;
-use consort_tensor::train::clear;
 use consort_tensor::train::optimizer::Sgd;
 
 use crate::optimizer::norm;
@@ -132,6 +131,7 @@ impl Trainer {
 
     /// The gradients that were added up since the last step.
     pub fn gradients_mut(&mut self) -> &mut Gradients {
+        self.gradients.settle(&self.pool);
         &mut self.gradients
     }
 
@@ -151,7 +151,7 @@ impl Trainer {
             match self.accumulate(batch, number, &mut |_, _| ()) {
                 Ok(one) => loss += one,
                 Err(error) => {
-                    self.gradients.clear(&self.pool);
+                    self.gradients.forget();
                     return Err(error);
                 }
             }
@@ -173,8 +173,7 @@ impl Trainer {
         number: u64,
         completed: &mut dyn FnMut(usize, &mut Buffer<f32>),
     ) -> Result<Loss, Error> {
-        let Trainer { pool, decoder, weights, gradients, arena, .. } = self;
-        Ok(decoder.forward_backward(pool, weights, batch, number, gradients, arena, completed)?)
+        self.accumulate_with(batch, number, &mut |_, bucket, values| completed(bucket, values))
     }
 
     /// As [`Trainer::accumulate`], for a `completed` that computes: it gets the trainer's threads, which wait meanwhile.
@@ -193,15 +192,15 @@ impl Trainer {
         Ok(decoder.forward_backward(pool, weights, batch, number, gradients, arena, completed)?)
     }
 
-    /// Makes all gradients 0, whoever took their buffers away: what a step that is not taken leaves behind.
+    /// Forgets all gradients, whoever took their buffers away: what a step that is not taken leaves behind. They count
+    /// as 0 then; nothing is written.
     ///
     /// # Errors
     /// [`Error::Tensor`] where memory for new buffers is refused.
     pub fn discard(&mut self) -> Result<(), Error> {
+        self.gradients.forget();
         for (values, range) in self.gradients.buckets.iter_mut().zip(self.decoder.layout().buckets()) {
-            if values.len() == range.len() {
-                clear(&self.pool, values);
-            } else {
+            if values.len() != range.len() {
                 *values = Buffer::zeroed(range.len())?;
             }
         }
@@ -215,12 +214,13 @@ impl Trainer {
     pub fn apply(&mut self, loss: Loss) -> Result<StepReport, Error> {
         let step = self.optimizer.steps();
         let learning_rate = self.schedule.at(step);
+        self.gradients.settle(&self.pool);
         let result = self.scale(loss, step).map(|(scale, gradient_norm)| {
             let (layout, weights) = (self.decoder.layout(), &mut self.weights);
             self.optimizer.step(&self.pool, layout, weights, &self.gradients, learning_rate, scale);
             StepReport { step, loss, gradient_norm, learning_rate }
         });
-        self.gradients.clear(&self.pool);
+        self.gradients.forget();
         result
     }
 
@@ -239,6 +239,7 @@ impl Trainer {
 
     /// Fills the gradients with how far the weights have come from `anchor`, times `weight`.
     pub(crate) fn drift(&mut self, anchor: &[f32], weight: f32) {
+        self.gradients.settle(&self.pool);
         for (values, range) in self.gradients.buckets.iter_mut().zip(self.decoder.layout().buckets()) {
             let pairs = anchor[range.clone()].iter().zip(&self.weights[range.clone()]);
             for (value, (anchor, own)) in values.iter_mut().zip(pairs) {
@@ -251,13 +252,14 @@ impl Trainer {
     /// and makes the gradients 0.
     pub(crate) fn outer_step(&mut self, anchor: &[f32], sgd: Sgd, velocity: usize) {
         let Trainer { pool, decoder, optimizer, weights, gradients, .. } = self;
+        gradients.settle(pool);
         weights.copy_from_slice(anchor);
         let (_, state) = optimizer.state_mut();
         for (gradient, range) in gradients.buckets.iter().zip(decoder.layout().buckets()) {
             let velocity = &mut state[velocity][range.clone()];
             sgd.update(pool, &mut weights[range.clone()], gradient, velocity);
         }
-        gradients.clear(pool);
+        gradients.forget();
     }
 
     /// The loss of a batch under the weights as they are, without dropout and without learning from it.

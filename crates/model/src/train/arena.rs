@@ -6,6 +6,7 @@
 
 use consort_tensor::buffer::Buffer;
 use consort_tensor::train::cross_entropy::Scratch;
+use consort_tensor::train::pitch;
 
 use crate::Error;
 use crate::arch::ModelConfig;
@@ -45,7 +46,7 @@ pub(super) struct Saved {
     /// The residual stream between the blocks.
     pub(super) middle: Buffer<f32>,
     pub(super) ffn_normed: Buffer<f32>,
-    /// Gates and ups; backward turns them into their gradients.
+    /// Gates and ups, their [`pitch`] apart as what they are made to; backward turns them into their gradients.
     pub(super) gate_up: Buffer<f32>,
     pub(super) activated: Buffer<f32>,
 }
@@ -80,15 +81,15 @@ impl Arena {
             room(&mut saved.attended, q)?;
             room(&mut saved.middle, hidden)?;
             room(&mut saved.ffn_normed, hidden)?;
-            room(&mut saved.gate_up, 2 * ffn)?;
-            room(&mut saved.activated, ffn)?;
+            room(&mut saved.gate_up, pitch(2 * ffn))?;
+            room(&mut saved.activated, pitch(ffn))?;
         }
         room(&mut self.normed, hidden)?;
         room(&mut self.dropped, if dropout { hidden } else { 0 })?;
         if backward {
             room(&mut self.d, hidden)?;
             room(&mut self.dnormed, hidden)?;
-            room(&mut self.dffn, ffn)?;
+            room(&mut self.dffn, pitch(ffn))?;
             room(&mut self.dattended, q)?;
             room(&mut self.dqkv, qkv)?;
         }
@@ -102,8 +103,11 @@ impl Arena {
         let qkv = q.saturating_add(config.kv_heads.saturating_mul(config.head_dim).saturating_mul(2));
         let raw = if config.query_key_norm { qkv } else { 0 };
         let all = |widths: &[usize]| widths.iter().fold(0usize, |sum, width| sum.saturating_add(*width));
-        let layer = all(&[hidden, raw, qkv, config.heads, q, hidden, hidden, ffn, ffn, ffn]);
-        let shared = all(&[hidden, if dropout { hidden } else { 0 }, hidden, hidden, ffn, q, qkv]);
+        let feed_forward = [pitch(ffn.saturating_mul(2)), pitch(ffn)];
+        let layer =
+            all(&[hidden, raw, qkv, config.heads, q, hidden, hidden, feed_forward[0], feed_forward[1]]);
+        let shared =
+            all(&[hidden, if dropout { hidden } else { 0 }, hidden, hidden, feed_forward[1], q, qkv]);
         let layers = layer.saturating_mul(if recompute { 1 } else { config.layers });
         let states = hidden.saturating_mul(config.layers.saturating_add(1));
         all(&[layers, states, shared]).saturating_mul(rows).saturating_mul(size_of::<f32>())

@@ -13,7 +13,7 @@ use consort_tensor::train::embedding::embed_backward;
 use consort_tensor::train::matmul::{Extent, Store, View, matmul};
 use consort_tensor::train::norm::{Vectors, rms_norm_backward, rms_norm_backward_in_place};
 use consort_tensor::train::swiglu::swiglu_backward;
-use consort_tensor::train::{add_column_sums, copy};
+use consort_tensor::train::{add_column_sums, copy, pitch};
 
 use super::Gradients;
 use super::arena::Arena;
@@ -25,17 +25,31 @@ use crate::Error;
 struct Bucket<'a> {
     values: &'a mut [f32],
     start: usize,
+    /// Whether what it holds counts as 0.
+    forgotten: bool,
 }
 
 impl Bucket<'_> {
-    fn at(&mut self, range: &Range<usize>) -> &mut [f32] {
-        &mut self.values[range.start - self.start..range.end - self.start]
+    /// The gradient of a matrix, and what becomes of what is there.
+    fn matrix(&mut self, range: &Range<usize>) -> (&mut [f32], Store<'static>) {
+        let store = if self.forgotten { Store::Replace } else { Store::Add };
+        (&mut self.values[range.start - self.start..range.end - self.start], store)
+    }
+
+    /// The gradient of a tensor that is asked for once, to add to.
+    fn sums(&mut self, range: &Range<usize>) -> &mut [f32] {
+        let (sums, store) = self.matrix(range);
+        if store == Store::Replace {
+            sums.fill(0.0);
+        }
+        sums
     }
 }
 
 impl Decoder {
     fn bucket<'a>(&self, gradients: &'a mut Gradients, index: usize) -> Bucket<'a> {
-        Bucket { values: &mut gradients.buckets[index], start: self.layout.buckets()[index].start }
+        let start = self.layout.buckets()[index].start;
+        Bucket { values: &mut gradients.buckets[index], start, forgotten: gradients.forgotten }
     }
 
     pub(super) fn backward(
@@ -53,14 +67,15 @@ impl Decoder {
             let index = if config.tied_head { last } else { 0 };
             let mut bucket = self.bucket(gradients, index);
             let input = &mut dnormed[..values];
-            let into = cross_entropy::Gradients { input, head: bucket.at(&self.head_range()) };
+            let (head, store) = bucket.matrix(&self.head_range());
+            let into = cross_entropy::Gradients { input, head, store };
             self.head(call, &normed[..values], Some(into), loss)?
         };
         {
             let Arena { states, d, dnormed, .. } = arena;
             let mut bucket = self.bucket(gradients, 0);
             let norm = &call.weights[self.layout.final_norm.clone()];
-            let dnorm = bucket.at(&self.layout.final_norm);
+            let dnorm = bucket.sums(&self.layout.final_norm);
             let (x, dy, d) = (&states[config.layers][..values], &dnormed[..values], &mut d[..values]);
             let at = Vectors::rows(config.hidden);
             rms_norm_backward(pool, at, x, norm, config.norm_eps, dy, (d, false), dnorm);
@@ -76,9 +91,12 @@ impl Decoder {
             completed(index, &mut gradients.buckets[index]);
         }
         let mut bucket = self.bucket(gradients, last);
-        let table = bucket.at(&self.layout.embedding);
+        // Where the head is the embedding, its gradient is there already.
+        bucket.forgotten &= !config.tied_head;
+        let table = bucket.sums(&self.layout.embedding);
         embed_backward(pool, table, config.hidden, &call.batch.tokens, &arena.d[..values]);
         completed(last, &mut gradients.buckets[last]);
+        gradients.forgotten = false;
         Ok(loss)
     }
 
@@ -100,24 +118,28 @@ impl Decoder {
         // The feed-forward block.
         {
             let d = self.dropped(call, d, dropped, 2 * layer + 1);
-            let dffn = &mut dffn[..rows * ffn];
-            self.dx(call, d, down, ffn, dffn);
-            self.dw(call, d, &saved.activated[..rows * ffn], bucket.at(down), ffn);
-            let both = &mut saved.gate_up[..rows * 2 * ffn];
-            swiglu_backward(pool, both, ffn, dffn);
-            self.dw(call, both, &saved.ffn_normed[..rows * hidden], bucket.at(gate_up), hidden);
-            self.dx(call, both, gate_up, hidden, dnormed);
+            let (both_pitch, one_pitch) = (pitch(2 * ffn), pitch(ffn));
+            let (d, activated) = (View::new(d, hidden), View::new(&saved.activated, one_pitch));
+            let dffn = &mut dffn[..rows * one_pitch];
+            self.dx(call, d, down, ffn, (dffn, one_pitch));
+            self.dw(call, d, activated, bucket.matrix(down), ffn);
+            let both = &mut saved.gate_up[..rows * both_pitch];
+            swiglu_backward(pool, ffn, (both, both_pitch), (dffn, one_pitch));
+            let both = View::new(both, both_pitch);
+            self.dw(call, both, View::new(&saved.ffn_normed, hidden), bucket.matrix(gate_up), hidden);
+            self.dx(call, both, gate_up, hidden, (dnormed, hidden));
         }
         let (middle, norm) = (&saved.middle[..rows * hidden], &call.weights[ffn_norm.clone()]);
-        rms_norm_backward(pool, at, middle, norm, eps, dnormed, (d, true), bucket.at(ffn_norm));
+        rms_norm_backward(pool, at, middle, norm, eps, dnormed, (d, true), bucket.sums(ffn_norm));
 
         // Attention.
         let dqkv = &mut dqkv[..rows * qkv_width];
         {
             let d = self.dropped(call, d, dropped, 2 * layer);
             let dattended = &mut dattended[..rows * width];
-            self.dx(call, d, output, width, dattended);
-            self.dw(call, d, &saved.attended[..rows * width], bucket.at(output), width);
+            let out = View::new(d, hidden);
+            self.dx(call, out, output, width, (dattended, width));
+            self.dw(call, out, View::new(&saved.attended, width), bucket.matrix(output), width);
             let attended = Attended {
                 qkv: &saved.qkv[..rows * qkv_width],
                 out: &saved.attended[..rows * width],
@@ -131,16 +153,17 @@ impl Decoder {
             let raw = &saved.raw[..rows * qkv_width];
             for (at, range) in norms {
                 let weight = &call.weights[range.clone()];
-                rms_norm_backward_in_place(pool, at, raw, weight, eps, dqkv, bucket.at(&range));
+                rms_norm_backward_in_place(pool, at, raw, weight, eps, dqkv, bucket.sums(&range));
             }
         }
         if let Some(bias) = qkv_bias {
-            add_column_sums(pool, dqkv, qkv_width, bucket.at(bias));
+            add_column_sums(pool, dqkv, qkv_width, bucket.sums(bias));
         }
-        self.dw(call, dqkv, &saved.normed[..rows * hidden], bucket.at(qkv), hidden);
-        self.dx(call, dqkv, qkv, hidden, dnormed);
+        let into = View::new(dqkv, qkv_width);
+        self.dw(call, into, View::new(&saved.normed, hidden), bucket.matrix(qkv), hidden);
+        self.dx(call, into, qkv, hidden, (dnormed, hidden));
         let norm = &call.weights[attention_norm.clone()];
-        rms_norm_backward(pool, at, x, norm, eps, dnormed, (d, true), bucket.at(attention_norm));
+        rms_norm_backward(pool, at, x, norm, eps, dnormed, (d, true), bucket.sums(attention_norm));
     }
 
     /// The gradient of a block's output from that of the stream: the same where nothing is dropped.
@@ -162,19 +185,30 @@ impl Decoder {
         }
     }
 
-    /// `dX = dY·W`, `inner` values a row of `W`.
-    fn dx(&self, call: &Call<'_>, dy: &[f32], weights: &Range<usize>, inner: usize, dx: &mut [f32]) {
-        let outputs = weights.len() / inner;
-        let extent = Extent { rows: dy.len() / outputs, cols: inner, inner: outputs };
-        let (dy, weights) = (View::new(dy, outputs), View::new(&call.weights[weights.clone()], inner));
-        matmul(call.pool, self.options.precision, extent, dy, weights, (dx, inner), Store::Replace);
+    /// `dX = dY·W` of the batch's rows, `inner` values a row of `W`.
+    fn dx(
+        &self,
+        call: &Call<'_>,
+        dy: View<'_>,
+        weights: &Range<usize>,
+        inner: usize,
+        dx: (&mut [f32], usize),
+    ) {
+        let extent = Extent { rows: call.batch.rows(), cols: inner, inner: weights.len() / inner };
+        let weights = View::new(&call.weights[weights.clone()], inner);
+        matmul(call.pool, self.options.precision, extent, dy, weights, dx, Store::Replace);
     }
 
-    /// `dW += dYᵀ·X`, `inner` values a row of `X`.
-    fn dw(&self, call: &Call<'_>, dy: &[f32], x: &[f32], dw: &mut [f32], inner: usize) {
-        let outputs = dw.len() / inner;
-        let extent = Extent { rows: outputs, cols: inner, inner: x.len() / inner };
-        let (dy, x) = (View::new(dy, outputs).turned(), View::new(x, inner));
-        matmul(call.pool, self.options.precision, extent, dy, x, (dw, inner), Store::Add);
+    /// `dW = dYᵀ·X` or `dW += dYᵀ·X` over the batch's rows, `inner` values a row of `X`.
+    fn dw(
+        &self,
+        call: &Call<'_>,
+        dy: View<'_>,
+        x: View<'_>,
+        (dw, store): (&mut [f32], Store<'_>),
+        inner: usize,
+    ) {
+        let extent = Extent { rows: dw.len() / inner, cols: inner, inner: call.batch.rows() };
+        matmul(call.pool, self.options.precision, extent, dy.turned(), x, (dw, inner), store);
     }
 }

@@ -16,7 +16,7 @@ use consort_tensor::train::embedding::embed;
 use consort_tensor::train::matmul::{Extent, Precision, Store, View, matmul};
 use consort_tensor::train::norm::{Vectors, rms_norm};
 use consort_tensor::train::swiglu::swiglu;
-use consort_tensor::train::{add, add_bias, copy};
+use consort_tensor::train::{add, add_bias, copy, pitch};
 
 use super::arena::{Arena, Saved};
 use super::layout::LayerLayout;
@@ -145,13 +145,20 @@ impl Decoder {
         let (rows, vocab, hidden) = (batch.rows(), self.config.vocab, self.config.hidden);
         let mut logits = Buffer::zeroed(rows.saturating_mul(vocab))?;
         let normed = &arena.normed[..rows * hidden];
-        self.linear(&call, normed, self.head_range(), vocab, (&mut logits, Store::Replace));
+        self.linear(
+            &call,
+            View::new(normed, hidden),
+            self.head_range(),
+            vocab,
+            (&mut logits, vocab, Store::Replace),
+        );
         Ok(logits)
     }
 
-    /// The loss, and its gradients added to `gradients`. As soon as backward has added all it will to a bucket,
-    /// `completed` gets its number and the bucket; it may take the buffer's values away to another thread (and put
-    /// them back before the next call). `step` numbers the micro-batch over the whole job: dropout follows it.
+    /// The loss, and its gradients: added to `gradients`, or in their place where they were forgotten. As soon as backward
+    /// has added all it will to a bucket, `completed` gets its number and the bucket; it may take the buffer's values away
+    /// to another thread (and put them back before the next call). `step` numbers the micro-batch over the whole job:
+    /// dropout follows it.
     ///
     /// # Errors
     /// [`Error::Batch`], [`Error::Tensor`] where memory is refused; gradients are then as they were.
@@ -235,7 +242,13 @@ impl Decoder {
         rms_norm(pool, at, x, &call.weights[attention_norm.clone()], eps, normed);
         let into = if config.query_key_norm { &mut saved.raw } else { &mut saved.qkv };
         let into = &mut into[..rows * qkv_width];
-        self.linear(call, normed, qkv.clone(), qkv_width, (into, Store::Replace));
+        self.linear(
+            call,
+            View::new(normed, hidden),
+            qkv.clone(),
+            qkv_width,
+            (into, qkv_width, Store::Replace),
+        );
         if let Some(bias) = qkv_bias {
             add_bias(pool, into, qkv_width, &call.weights[bias.clone()]);
         }
@@ -251,16 +264,23 @@ impl Decoder {
         let (attended, lse) = (&mut saved.attended[..rows * width], &mut saved.lse[..rows * config.heads]);
         attention(pool, self.options.precision, self.heads, &call.batch.starts, qkv, attended, lse);
         let middle = &mut saved.middle[..rows * hidden];
-        self.add_block(call, (attended, output.clone()), x, middle, 2 * layer);
+        self.add_block(call, (View::new(attended, width), output.clone()), x, middle, 2 * layer);
 
         let normed = &mut saved.ffn_normed[..rows * hidden];
         rms_norm(pool, at, middle, &call.weights[ffn_norm.clone()], eps, normed);
-        let both = &mut saved.gate_up[..rows * 2 * ffn];
-        self.linear(call, normed, gate_up.clone(), 2 * ffn, (both, Store::Replace));
-        let activated = &mut saved.activated[..rows * ffn];
-        swiglu(pool, both, ffn, activated);
+        let (both_pitch, one_pitch) = (pitch(2 * ffn), pitch(ffn));
+        let both = &mut saved.gate_up[..rows * both_pitch];
+        self.linear(
+            call,
+            View::new(normed, hidden),
+            gate_up.clone(),
+            2 * ffn,
+            (both, both_pitch, Store::Replace),
+        );
+        let activated = &mut saved.activated[..rows * one_pitch];
+        swiglu(pool, ffn, (both, both_pitch), (activated, one_pitch));
         if let Some(out) = out {
-            self.add_block(call, (activated, down.clone()), middle, out, 2 * layer + 1);
+            self.add_block(call, (View::new(activated, one_pitch), down.clone()), middle, out, 2 * layer + 1);
         }
     }
 
@@ -268,19 +288,18 @@ impl Decoder {
     fn add_block(
         &self,
         call: &Call<'_>,
-        (inputs, weights): (&[f32], Range<usize>),
+        (inputs, weights): (View<'_>, Range<usize>),
         x: &[f32],
         out: &mut [f32],
         place: usize,
     ) {
         let hidden = self.config.hidden;
         if let Some(site) = self.site(call, place) {
-            self.linear(call, inputs, weights, hidden, (out, Store::Replace));
+            self.linear(call, inputs, weights, hidden, (out, hidden, Store::Replace));
             dropout(call.pool, site, self.options.dropout, out);
             add(call.pool, x, out);
         } else {
-            copy(call.pool, x, out);
-            self.linear(call, inputs, weights, hidden, (out, Store::Add));
+            self.linear(call, inputs, weights, hidden, (out, hidden, Store::AddTo(x)));
         }
     }
 
@@ -309,20 +328,19 @@ impl Decoder {
         self.layout.head.clone().unwrap_or(self.layout.embedding.clone())
     }
 
-    /// Rows of `inputs` through a matrix of `outputs` rows.
+    /// The batch's rows of `inputs` through a matrix of `outputs` rows.
     fn linear(
         &self,
         call: &Call<'_>,
-        inputs: &[f32],
+        inputs: View<'_>,
         weights: Range<usize>,
         outputs: usize,
-        (out, store): (&mut [f32], Store),
+        (out, stride, store): (&mut [f32], usize, Store<'_>),
     ) {
         let inner = weights.len() / outputs;
-        let extent = Extent { rows: inputs.len() / inner, cols: outputs, inner };
+        let extent = Extent { rows: call.batch.rows(), cols: outputs, inner };
         let weights = View::new(&call.weights[weights], inner).turned();
-        let inputs = View::new(inputs, inner);
-        matmul(call.pool, self.options.precision, extent, inputs, weights, (out, outputs), store);
+        matmul(call.pool, self.options.precision, extent, inputs, weights, (out, stride), store);
     }
 
     /// Loss and, if asked for, its gradients from the last normed state.

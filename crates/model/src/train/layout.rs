@@ -262,6 +262,8 @@ fn values(config: &ModelConfig) -> Option<usize> {
 pub struct Gradients {
     /// In the order of [`Layout::buckets`], each as long as its range.
     pub buckets: Vec<Buffer<f32>>,
+    /// Whether what the buckets hold counts as 0.
+    pub(super) forgotten: bool,
 }
 
 impl Gradients {
@@ -271,7 +273,7 @@ impl Gradients {
     /// [`Error::Tensor`] where memory is refused.
     pub fn zeroed(layout: &Layout) -> Result<Gradients, Error> {
         let buckets = layout.buckets().iter().map(|range| Buffer::zeroed(range.len()));
-        Ok(Gradients { buckets: buckets.collect::<Result<_, _>>()? })
+        Ok(Gradients { buckets: buckets.collect::<Result<_, _>>()?, forgotten: false })
     }
 
     /// The gradient of `parameter`.
@@ -284,9 +286,17 @@ impl Gradients {
         &self.buckets[bucket][parameter.range.start - start..parameter.range.end - start]
     }
 
-    /// Makes all of them 0.
-    pub fn clear(&mut self, pool: &Pool) {
-        self.buckets.iter_mut().for_each(|bucket| clear(pool, bucket));
+    /// From here on all of them count as 0. Nothing is written: the next backward puts its own in their place, which
+    /// takes less time than clearing them and adding. Who wants to read them before calls [`Gradients::settle`].
+    pub fn forget(&mut self) {
+        self.forgotten = true;
+    }
+
+    /// Makes them 0 if they count as 0.
+    pub fn settle(&mut self, pool: &Pool) {
+        if std::mem::take(&mut self.forgotten) {
+            self.buckets.iter_mut().for_each(|bucket| clear(pool, bucket));
+        }
     }
 }
 

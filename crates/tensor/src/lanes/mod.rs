@@ -263,6 +263,18 @@ pub(crate) fn prefetch_read<T>(at: *const T) {
     let _ = at;
 }
 
+/// Asks for the line at `at` into the second-level cache, to read it later.
+#[inline(always)]
+pub(crate) fn prefetch_second<T>(at: *const T) {
+    // SAFETY: a hint; it faults on no address.
+    #[cfg(target_arch = "x86_64")]
+    unsafe {
+        std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T1 }>(at.cast());
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = at;
+}
+
 /// Runs `kernel` with this machine's lanes.
 #[inline]
 pub(crate) fn dispatch<K: Kernel>(cpu: Cpu, kernel: K) -> K::Output {

@@ -17,8 +17,8 @@
 //! # Cost
 //!
 //! 4 multiply-adds a dimension, visible key, row and head in forward over 2 products, 10 in backward over 5. All seven
-//! run in the kernel of [`matmul`](super::matmul) on packed blocks that stay in the caches. Along the diagonal
-//! each panel of twelve rows stops at the keys that its last row sees.
+//! run in the kernel of [`matmul`](super::matmul), on `f32` where it lies and on packed blocks that stay in the caches.
+//! Along the diagonal each panel of twelve rows stops at the keys that its last row sees.
 //!
 //! Threads share pairs of a sequence and a key-value head (forward: and 256 rows of it), the last and largest first.
 
@@ -27,7 +27,7 @@ mod forward;
 
 use crate::Pool;
 use crate::lanes::Lanes;
-use crate::train::matmul::{Left, Multiply, PackedA, Steps, View};
+use crate::train::matmul::{Left, Multiply, PackedA, PackedB, Right, Steps, TILE_ROWS, View};
 
 pub use backward::{Saved, attention_backward};
 pub use forward::attention;
@@ -118,6 +118,41 @@ fn run_longest_first<T: Sync>(
             run(&tasks[task]);
         }
     });
+}
+
+/// The first `rows` rows of `view` as the left side of a product: where they are, or in `packed`.
+#[inline(always)]
+fn rows_of<'a, L: Lanes, M: Multiply>(
+    l: L,
+    view: View<'a>,
+    rows: usize,
+    dims: Steps,
+    packed: &'a mut PackedA,
+) -> Left<'a> {
+    match Left::in_place::<M>(view, (0, rows), dims, None) {
+        Some(left) if rows.is_multiple_of(TILE_ROWS) => left,
+        _ => {
+            packed.pack::<L, M>(l, view, (0, rows), dims);
+            packed.left()
+        }
+    }
+}
+
+/// `dim` columns of the first `rows` rows of `view` as the right side of a product: where they are, or in `packed`.
+#[inline(always)]
+fn columns_of<'a, L: Lanes, M: Multiply>(
+    l: L,
+    view: View<'a>,
+    rows: usize,
+    dim: usize,
+    packed: &'a mut PackedB,
+) -> Right<'a> {
+    let steps = Steps { from: 0, len: rows };
+    if Right::lies_well::<M>(view, dim) {
+        return Right::in_place(view, steps, (0, dim));
+    }
+    packed.pack::<L, M>(l, view, steps, (0, dim));
+    packed.right()
 }
 
 /// `rows` rows of `cols` values of a tile as the left side of a product, as they lie or turned: where they are, or rounded

@@ -19,6 +19,7 @@ use crate::lanes::{self, Kernel, LANES, Lanes};
 use crate::{Error, norm};
 
 use super::matmul::{Extent, Precision, Store, View, matmul};
+use super::{clear, pitch};
 
 /// Logits that are in memory at a time, at most: 64 MiB.
 const CHUNK_VALUES: usize = 16 << 20;
@@ -77,8 +78,10 @@ pub struct Scratch {
 pub struct Gradients<'a> {
     /// Of the input, `[rows × width]`: replaced.
     pub input: &'a mut [f32],
-    /// Of the head, `[vocab × width]`: added to.
+    /// Of the head, `[vocab × width]`.
     pub head: &'a mut [f32],
+    /// What becomes of the head's gradient that is there.
+    pub store: Store<'a>,
 }
 
 /// The loss of `x` (`[rows × width]`) under the head `[vocab × width]`, and the gradients of its sum if asked for.
@@ -104,9 +107,16 @@ pub fn cross_entropy(
     assert!(x.len() == rows * width && targets.weights.len() == rows, "one row a target");
     if let Some(gradients) = &mut gradients {
         assert!(gradients.input.len() == x.len() && gradients.head.len() == head.len(), "one length");
-        gradients.input.fill(0.0);
     }
     let wanted: Vec<usize> = (0..rows).filter(|&row| targets.weights[row] != 0.0).collect();
+    if let Some(gradients) = &mut gradients {
+        if wanted.len() < rows {
+            clear(pool, gradients.input);
+        }
+        if wanted.is_empty() && gradients.store == Store::Replace {
+            clear(pool, gradients.head);
+        }
+    }
     let most = (CHUNK_VALUES / vocab / LANES * LANES).clamp(LANES, CHUNK_ROWS);
     let chunks = wanted.len().div_ceil(most);
     let mut loss = Loss::default();
@@ -135,16 +145,24 @@ impl Chunk<'_> {
         let &Chunk { pool, precision, head, width, vocab, wanted, .. } = self;
         let count = wanted.len();
         // Whole vectors; columns past the rows are never read by anything but themselves.
-        let stride = count.next_multiple_of(LANES);
+        let stride = pitch(count);
         let blocks = vocab.div_ceil(VOCAB_BLOCK);
         grow(&mut scratch.logits, vocab * stride)?;
         grow(&mut scratch.rows, count * width)?;
         grow(&mut scratch.partial, 2 * blocks * stride)?;
         let logits = &mut scratch.logits[..vocab * stride];
-        let rows = &mut scratch.rows[..count * width];
-        for (row, out) in wanted.iter().zip(rows.chunks_exact_mut(width)) {
-            out.copy_from_slice(&self.x[row * width..][..width]);
-        }
+        let copied = &mut scratch.rows[..count * width];
+        let first = wanted[0];
+        // Rows that lie together are read and written where they are.
+        let together = wanted[count - 1] - first + 1 == count;
+        let rows = if together {
+            &self.x[first * width..][..count * width]
+        } else {
+            for (row, out) in wanted.iter().zip(copied.chunks_exact_mut(width)) {
+                out.copy_from_slice(&self.x[row * width..][..width]);
+            }
+            &*copied
+        };
         let extent = Extent { rows: vocab, cols: count, inner: width };
         let (all, some) = (View::new(head, width), View::new(rows, width));
         matmul(pool, precision, extent, all, some.turned(), (logits, stride), Store::Replace);
@@ -170,10 +188,16 @@ impl Chunk<'_> {
         }
         let d = View::new(logits, stride);
         let extent = Extent { rows: vocab, cols: width, inner: count };
-        matmul(pool, precision, extent, d, View::new(rows, width), (gradients.head, width), Store::Add);
+        matmul(pool, precision, extent, d, View::new(rows, width), (gradients.head, width), gradients.store);
+        gradients.store = Store::Add;
         let extent = Extent { rows: count, cols: width, inner: vocab };
-        matmul(pool, precision, extent, d.turned(), all, (rows, width), Store::Replace);
-        for (row, d) in wanted.iter().zip(rows.chunks_exact(width)) {
+        if together {
+            let into = &mut gradients.input[first * width..][..count * width];
+            matmul(pool, precision, extent, d.turned(), all, (into, width), Store::Replace);
+            return Ok(loss);
+        }
+        matmul(pool, precision, extent, d.turned(), all, (copied, width), Store::Replace);
+        for (row, d) in wanted.iter().zip(copied.chunks_exact(width)) {
             gradients.input[row * width..][..width].copy_from_slice(d);
         }
         Ok(loss)
@@ -322,7 +346,7 @@ mod tests {
                 cross_entropy(&pool, Precision::F32, &x, &head, WIDTH, targets, gradients, &mut scratch)
                     .unwrap()
             };
-            let got = call(Some(Gradients { input: &mut dx, head: &mut dhead }));
+            let got = call(Some(Gradients { input: &mut dx, head: &mut dhead, store: Store::Add }));
             assert_eq!(call(None), got);
             let wide = |x: &[f32]| x.iter().map(|&x| f64::from(x)).collect::<Vec<_>>();
             let want = loss(&wide(&x), &wide(&head), &tokens, &weights);

@@ -32,4 +32,4 @@ pub mod swiglu;
 mod rows;
 
 pub use matmul::Precision;
-pub use rows::{add, add_bias, add_column_sums, clear, copy};
+pub use rows::{add, add_bias, add_column_sums, clear, copy, pitch};

@@ -13,6 +13,12 @@ const CLEARED: usize = 256;
 /// Values below which a fork and join costs more than it gives.
 const FORK_VALUES: usize = 16 * 1024;
 
+/// Values from one row of `width` values to the next in a matrix whose rows products read side by side: whole cache lines,
+/// an odd number of them, so that the same column of many rows doesn't fall into the same set of a cache. Saturates.
+pub fn pitch(width: usize) -> usize {
+    (width.div_ceil(LANES) | 1).saturating_mul(LANES)
+}
+
 /// Calls `work` once with every range of [`BLOCK_ROWS`] rows (the last may be shorter), on all threads where there
 /// are enough values.
 pub(crate) fn each_block(pool: &Pool, rows: usize, cols: usize, work: impl Fn(usize, Range<usize>) + Sync) {

@@ -3,7 +3,6 @@
 use std::time::Instant;
 
 use consort_tensor::buffer::Buffer;
-use consort_tensor::train::clear;
 use consort_tensor::train::exact::Grid;
 use consort_tensor::{Cpu, Pool};
 
@@ -59,10 +58,8 @@ impl Buckets<'_> {
             let most = if first { grid.set(pool, values, sums) } else { grid.add(pool, values, sums) };
             // Magnitudes order as their bits do, and NaN comes last.
             self.largest[bucket] = f32::from_bits(self.largest[bucket].to_bits().max(most.to_bits()));
-            match (last, self.way.is_some()) {
-                (false, _) => clear(pool, values),
-                (true, false) => grid.read(pool, sums, values),
-                (true, true) => {}
+            if last && self.way.is_none() {
+                grid.read(pool, sums, values);
             }
         }
         if last {

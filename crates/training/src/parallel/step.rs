@@ -173,6 +173,10 @@ impl<'a> Stepper<'a> {
                 number += 1;
                 let (first, last) = (number == 1, number == computed);
                 let global = step * micro_batches + m as u64;
+                if work.exact {
+                    // The sums have the last micro-batch's already.
+                    trainer.discard()?;
+                }
                 done.loss = trainer.accumulate_with(&batch, global, &mut |pool, bucket, values| {
                     work.completed(pool, bucket, values, first, last);
                 })?;

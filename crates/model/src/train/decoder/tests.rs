@@ -146,6 +146,46 @@ fn two_micro_batches_add_to_what_one_with_both_gives() {
 }
 
 #[test]
+fn forgotten_gradients_leave_nothing_behind() {
+    let pool = Pool::new(2, Cpu::detect());
+    for family in ["llama", "qwen2", "qwen3"] {
+        let decoder = Decoder::new(&tiny(family), Options::default()).unwrap();
+        let weights = weights(&decoder, &pool);
+        let mut nothing = MicroBatch::new();
+        nothing.push_weighted(&[1, 2, 3], |_| 0.0);
+        for batch in [batch(), nothing] {
+            let (loss, want) = run(&decoder, &pool, &weights, &batch);
+            let mut gradients = Gradients::zeroed(decoder.layout()).unwrap();
+            let fill = |gradients: &mut Gradients| {
+                for (bucket, range) in gradients.buckets.iter_mut().zip(decoder.layout().buckets()) {
+                    for parameter in decoder.layout().parameters() {
+                        if range.contains(&parameter.range.start) {
+                            let at = parameter.range.start - range.start..parameter.range.end - range.start;
+                            bucket[at].fill(7.0);
+                        }
+                    }
+                }
+            };
+            fill(&mut gradients);
+            gradients.forget();
+            let arena = &mut Arena::new();
+            let got = decoder
+                .forward_backward(&pool, &weights, &batch, 3, &mut gradients, arena, &mut |_, _| ())
+                .unwrap();
+            assert_eq!(got, loss);
+            assert!(bits(&gradients) == bits(&want), "{family}");
+            // What is there now counts again.
+            gradients.settle(&pool);
+            assert!(bits(&gradients) == bits(&want), "{family}");
+            fill(&mut gradients);
+            gradients.forget();
+            gradients.settle(&pool);
+            assert!(gradients.buckets.iter().all(|bucket| bucket.iter().all(|&x| x == 0.0)));
+        }
+    }
+}
+
+#[test]
 fn dropout_follows_the_step_and_is_off_in_evaluation() {
     let pool = Pool::new(2, Cpu::detect());
     let options = Options { dropout: 0.3, ..Options::default() };
@@ -187,5 +227,5 @@ fn a_gradient_bucket_can_be_carried_away() {
         drop(sender);
         other.join().unwrap()
     });
-    assert!(bits(&Gradients { buckets: carried }) == bits(&want));
+    assert!(bits(&Gradients { buckets: carried, forgotten: false }) == bits(&want));
 }

@@ -6,12 +6,12 @@
 use std::cell::RefCell;
 use std::marker::PhantomData;
 
-use super::{Heads, KEYS, ROWS, STRIDE, left, run_longest_first, sequence};
+use super::{Heads, KEYS, ROWS, STRIDE, columns_of, left, rows_of, run_longest_first, sequence};
 use crate::Pool;
 use crate::lanes::{self, Kernel, LANES, Lanes};
 use crate::pool::Disjoint;
 use crate::train::matmul::{
-    Bf16, F32, Left, Multiply, PackedA, PackedB, Precision, Reach, Steps, TILE_ROWS, View, multiply,
+    Begin, Bf16, F32, Left, Multiply, PackedA, PackedB, Precision, Reach, Steps, TILE_ROWS, View, multiply,
 };
 
 /// What forward read and wrote.
@@ -131,7 +131,7 @@ impl<M: Multiply> Kernel for Call<'_, M> {
                 unsafe { dqkv.part(row * stride + from..row * stride + from + count) }.fill(0.0);
             }
         };
-        clear(kv_head * group * dim, group * dim);
+        // Gradients of queries begin with the first block of keys; those of keys and values are added to by every tile.
         clear(heads.key(kv_head), dim);
         clear(heads.value(kv_head), dim);
         let dims = Steps { from: 0, len: dim };
@@ -143,7 +143,7 @@ impl<M: Multiply> Kernel for Call<'_, M> {
             let (k, v) = (&from[heads.key(kv_head)..], &from[heads.value(kv_head)..]);
             keys_turned.pack::<L, M>(l, View::new(k, stride).turned(), dims, (0, block));
             values_turned.pack::<L, M>(l, View::new(v, stride).turned(), dims, (0, block));
-            keys.pack::<L, M>(l, View::new(k, stride), Steps { from: 0, len: block }, (0, dim));
+            let keys = columns_of::<L, M>(l, View::new(k, stride), block, dim, keys);
             for head in 0..group {
                 let query_head = kv_head * group + head;
                 for row in (key / ROWS * ROWS..len).step_by(ROWS) {
@@ -157,24 +157,26 @@ impl<M: Multiply> Kernel for Call<'_, M> {
                         let last = row + tile_rows.min(panel + TILE_ROWS);
                         last.saturating_sub(key).min(seen)
                     };
-                    let scores = |a: Left<'_>, panel| Reach { cols: sees(panel), ..Reach::all(a, 0) };
+                    // Whole vectors where there are any: the others are overwritten.
+                    let scores = |a: Left<'_>, panel| {
+                        let cols = sees(panel).next_multiple_of(LANES).min(block);
+                        Reach { cols, ..Reach::all(a, 0) }
+                    };
                     let queries_of = |a: Left<'_>, panel: usize| {
                         let first = (key + panel).saturating_sub(row).min(tile_rows) / M::VALUES;
                         Reach { cols: dim, steps: first..Reach::all(a, 0).steps.end }
                     };
-                    let tile_steps = Steps { from: 0, len: tile_rows };
                     let queries = View::new(&qkv[(first + row) * stride + query_head * dim..], stride);
                     let dout = View::new(&dout[(first + row) * width + query_head * dim..], width);
                     // SAFETY: the tiles have ROWS rows of STRIDE values.
                     unsafe {
-                        packed.pack::<L, M>(l, queries, (0, tile_rows), dims);
-                        let left = packed.left();
+                        let (keys, values) = (keys_turned.right(), values_turned.right());
+                        let a = rows_of::<L, M>(l, queries, tile_rows, dims, packed);
                         let out = (p.as_mut_ptr(), STRIDE);
-                        multiply::<L, M>(l, left, keys_turned, |i| scores(left, i), out, false);
-                        packed.pack::<L, M>(l, dout, (0, tile_rows), dims);
-                        let left = packed.left();
+                        multiply::<L, M>(l, a, keys, |i| scores(a, i), out, Begin::Zero);
+                        let a = rows_of::<L, M>(l, dout, tile_rows, dims, packed);
                         let out = (d.as_mut_ptr(), STRIDE);
-                        multiply::<L, M>(l, left, values_turned, |i| scores(left, i), out, false);
+                        multiply::<L, M>(l, a, values, |i| scores(a, i), out, Begin::Zero);
                     }
                     for index in 0..tile_rows {
                         let sees = (row + index + 1).saturating_sub(key).min(seen);
@@ -187,17 +189,19 @@ impl<M: Multiply> Kernel for Call<'_, M> {
                     let tile = (tile_rows, seen);
                     // SAFETY: `gradient` is inside `dqkv`, in rows and columns that this task alone has.
                     unsafe {
-                        right.pack::<L, M>(l, dout, tile_steps, (0, dim));
-                        let turned = left::<L, M>(l, p, tile, true, packed);
+                        let dout = columns_of::<L, M>(l, dout, tile_rows, dim, right);
+                        let a = left::<L, M>(l, p, tile, true, packed);
                         let out = gradient(key, heads.value(kv_head));
-                        multiply::<L, M>(l, turned, right, |i| queries_of(turned, i), out, true);
-                        right.pack::<L, M>(l, queries, tile_steps, (0, dim));
-                        let turned = left::<L, M>(l, d, tile, true, packed);
+                        multiply::<L, M>(l, a, dout, |i| queries_of(a, i), out, Begin::There);
+                        let queries = columns_of::<L, M>(l, queries, tile_rows, dim, right);
+                        let a = left::<L, M>(l, d, tile, true, packed);
                         let out = gradient(key, heads.key(kv_head));
-                        multiply::<L, M>(l, turned, right, |i| queries_of(turned, i), out, true);
-                        let left = left::<L, M>(l, d, tile, false, packed);
+                        multiply::<L, M>(l, a, queries, |i| queries_of(a, i), out, Begin::There);
+                        let a = left::<L, M>(l, d, tile, false, packed);
                         let reach = |panel| Reach { cols: dim, steps: 0..sees(panel).div_ceil(M::VALUES) };
-                        multiply::<L, M>(l, left, keys, reach, gradient(row, query_head * dim), true);
+                        let out = gradient(row, query_head * dim);
+                        let begin = if key == 0 { Begin::Zero } else { Begin::There };
+                        multiply::<L, M>(l, a, keys, reach, out, begin);
                     }
                 }
             }
@@ -218,9 +222,11 @@ fn probabilities<L: Lanes>(
     let whole = sees.next_multiple_of(LANES);
     p[sees..whole].fill(f32::NEG_INFINITY);
     d[sees..whole].fill(0.0);
-    if seen > whole {
-        p[whole..seen].fill(0.0);
-        d[whole..seen].fill(0.0);
+    // Neither another row of its panel sees more than a panel's rows further, nor do its keys' panels reach further.
+    let zeros = whole..seen.min(sees + TILE_ROWS);
+    if !zeros.is_empty() {
+        p[zeros.clone()].fill(0.0);
+        d[zeros].fill(0.0);
     }
     let (scale, lse, dot) = (l.splat(scale), l.splat(lse), l.splat(dot));
     for (p, d) in p[..whole].chunks_exact_mut(LANES).zip(d[..whole].chunks_exact_mut(LANES)) {

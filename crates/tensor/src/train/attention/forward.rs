@@ -3,12 +3,12 @@
 use std::cell::RefCell;
 use std::marker::PhantomData;
 
-use super::{Heads, KEYS, ROWS, STRIDE, left, run_longest_first, sequence};
+use super::{Heads, KEYS, ROWS, STRIDE, columns_of, left, rows_of, run_longest_first, sequence};
 use crate::Pool;
 use crate::lanes::{self, Kernel, LANES, Lanes};
 use crate::pool::Disjoint;
 use crate::train::matmul::{
-    Bf16, F32, Multiply, PackedA, PackedB, Precision, Reach, Steps, TILE_ROWS, View, multiply,
+    Begin, Bf16, F32, Multiply, PackedA, PackedB, Precision, Reach, Steps, TILE_ROWS, View, multiply,
 };
 
 /// Rows of a task: they share the packed keys and values.
@@ -112,8 +112,8 @@ impl<M: Multiply> Kernel for Call<'_, M> {
             let block = KEYS.min(end - key);
             let from = &qkv[(first + key) * stride..];
             keys.pack::<L, M>(l, View::new(&from[heads.key(kv_head)..], stride).turned(), dims, (0, block));
-            let steps = Steps { from: 0, len: block };
-            values.pack::<L, M>(l, View::new(&from[heads.value(kv_head)..], stride), steps, (0, dim));
+            let values =
+                columns_of::<L, M>(l, View::new(&from[heads.value(kv_head)..], stride), block, dim, values);
             for head in 0..group {
                 let query_head = kv_head * group + head;
                 // Rows before the block see none of it.
@@ -127,12 +127,20 @@ impl<M: Multiply> Kernel for Call<'_, M> {
                         last.saturating_sub(key).min(seen)
                     };
                     let queries = View::new(&qkv[(first + row) * stride + query_head * dim..], stride);
-                    packed.pack::<L, M>(l, queries, (0, tile_rows), dims);
-                    let queries = packed.left();
+                    let queries = rows_of::<L, M>(l, queries, tile_rows, dims, packed);
                     // SAFETY: the tile has ROWS rows of STRIDE values.
                     unsafe {
-                        let reach = |panel| Reach { cols: sees(panel), ..Reach::all(queries, 0) };
-                        multiply::<L, M>(l, queries, keys, reach, (scores.as_mut_ptr(), STRIDE), false);
+                        // Whole vectors where there are any: the others are overwritten.
+                        let cols = |panel| sees(panel).next_multiple_of(LANES).min(block);
+                        let reach = |panel| Reach { cols: cols(panel), ..Reach::all(queries, 0) };
+                        multiply::<L, M>(
+                            l,
+                            queries,
+                            keys.right(),
+                            reach,
+                            (scores.as_mut_ptr(), STRIDE),
+                            Begin::Zero,
+                        );
                     }
                     for index in 0..tile_rows {
                         let at = head * count + row - begin + index;
@@ -144,14 +152,15 @@ impl<M: Multiply> Kernel for Call<'_, M> {
                         let scores = &mut scores[index * STRIDE..][..STRIDE];
                         let sees = (row + index + 1).saturating_sub(key).min(seen);
                         let state = (&mut maxima[at], &mut sums[at]);
-                        softmax(l, scores, (sees, seen), heads.scale, state, out, key == 0);
+                        softmax(l, scores, (sees, seen), heads.scale, state, out);
                     }
                     let left = left::<L, M>(l, scores, (tile_rows, seen), false, packed);
                     // SAFETY: this task alone has these rows of this head, and they are inside `out`.
                     unsafe {
                         let out = out.at((first + row) * heads.width() + query_head * dim).cast_mut();
                         let reach = |panel| Reach { cols: dim, steps: 0..sees(panel).div_ceil(M::VALUES) };
-                        multiply::<L, M>(l, left, values, reach, (out, heads.width()), true);
+                        let first = if key == 0 { Begin::Zero } else { Begin::There };
+                        multiply::<L, M>(l, left, values, reach, (out, heads.width()), first);
                     }
                 }
             }
@@ -182,15 +191,13 @@ fn softmax<L: Lanes>(
     factor: f32,
     (maximum, sum): (&mut f32, &mut f32),
     out: &mut [f32],
-    begin: bool,
 ) {
-    if begin {
-        out.fill(0.0);
-    }
     let whole = sees.next_multiple_of(LANES);
     scores[sees..whole].fill(f32::NEG_INFINITY);
-    if seen > whole {
-        scores[whole..seen].fill(0.0);
+    // No other row of its panel sees more than a panel's rows further.
+    let zeros = whole..seen.min(sees + TILE_ROWS);
+    if !zeros.is_empty() {
+        scores[zeros].fill(0.0);
     }
     if sees == 0 {
         return;

@@ -16,25 +16,30 @@
 //!
 //! # How it is fast
 //!
-//! As GotoBLAS and BLIS do it (Goto and van de Geijn 2008): both sides are copied into panels in the order in which
-//! the kernel reads them, twelve rows of `A` and thirty-two columns of `B`, and a tile of 12 × 32 sums stays in
-//! registers. `B` is packed once by all threads together, in pieces, and stays in the cache that they share; then each
-//! takes 96 rows of `A` at a time through it. A panel of `A` (18 KiB) stays in the first-level cache, a piece of `B` (up
-//! to 384 KiB) in the second, and each tile asks for the memory of the next one's results before it begins. Rounding to
-//! bf16 and turning happen in the copy. Tiles at the edges are computed whole and stored in part.
+//! As GotoBLAS and BLIS do it (Goto and van de Geijn 2008): a tile of 12 × 32 sums stays in registers while the kernel
+//! goes through the inner dimension, and blocks are as large as the caches hold. Each thread takes 48 rows of `A` at a time
+//! through all columns: many small tasks, so that a thread that was held up leaves its rest to the others. Each tile asks
+//! for the memory of the next one's results before it begins, and of the rows that come next.
+//!
+//! `f32` that lies well is read where it is: twelve rows of `A`, as they lie or turned, and rows of `B`. Copied into panels
+//! in the order in which the kernel reads them is what must be turned (`B`) or rounded (bf16), and rows whose distance
+//! lets them crowd a few sets of a cache ([`pitch`](super::pitch) avoids such). `B` is packed once by all threads
+//! together, in pieces that a second-level cache holds (up to 384 KiB). Tiles at the edges are computed whole, or their
+//! left half, and stored in part.
 
 mod kernel;
 mod pack;
 
 use std::cell::RefCell;
 use std::marker::PhantomData;
+use std::ops::Range;
 
 use crate::lanes::{self, Lanes};
 use crate::pool::Disjoint;
 use crate::{Cpu, Pool};
 
-pub(crate) use kernel::{Bf16, F32, Multiply, Reach, multiply};
-pub(crate) use pack::{Left, PackedA, PackedB, Steps};
+pub(crate) use kernel::{Begin, Bf16, F32, Multiply, Reach, multiply};
+pub(crate) use pack::{Left, PackedA, PackedB, Right, Steps};
 
 /// Rows of a register tile.
 pub(crate) const TILE_ROWS: usize = 12;
@@ -46,8 +51,8 @@ pub(crate) const BLOCK_STEPS: usize = 384;
 const SHARED_WORDS: usize = 3 << 20;
 /// Columns of a piece of packed `B`, at most: 384 KiB, of a second-level cache of 1 MiB.
 const PIECE_PANELS: usize = 8;
-/// Rows of a task, at most: as many of `A` are packed at a time.
-const TASK_PANELS: usize = 8;
+/// Panels of a task, at most.
+const TASK_PANELS: usize = 4;
 /// Multiply-adds below which a fork and join costs more than it gives.
 const FORK_WORK: usize = 1 << 17;
 
@@ -97,12 +102,14 @@ fn check_extent(len: usize, stride: usize, rows: usize, cols: usize) {
 }
 
 /// What becomes of the values that are there.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Store {
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Store<'a> {
     /// They are replaced.
     Replace,
     /// The product is added to them.
     Add,
+    /// They are replaced by the product added to these, which lie as they do.
+    AddTo(&'a [f32]),
 }
 
 /// The extent of a product: `[rows × inner] · [inner × cols]`.
@@ -116,7 +123,7 @@ pub struct Extent {
     pub inner: usize,
 }
 
-/// `out = a · b` or `out += a · b`, with `out` of `extent.rows` rows at `out_stride`.
+/// `out = a · b`, `out += a · b` or `out = x + a · b`, with `out` of `extent.rows` rows at `out_stride`.
 ///
 /// # Panics
 /// If a matrix of this extent leaves its memory.
@@ -127,12 +134,15 @@ pub fn matmul(
     a: View<'_>,
     b: View<'_>,
     (out, out_stride): (&mut [f32], usize),
-    store: Store,
+    store: Store<'_>,
 ) {
     let Extent { rows, cols, inner } = extent;
     a.check(rows, inner);
     b.check(inner, cols);
     check_extent(out.len(), out_stride, rows, cols);
+    if let Store::AddTo(x) = store {
+        check_extent(x.len(), out_stride, rows, cols);
+    }
     if rows == 0 || cols == 0 {
         return;
     }
@@ -147,7 +157,11 @@ pub fn matmul(
         a,
         b,
         out: (out.at(0).cast_mut(), out_stride),
-        add: store == Store::Add,
+        begin: match store {
+            Store::Replace => Begin::Zero,
+            Store::Add => Begin::There,
+            Store::AddTo(x) => Begin::From(x.as_ptr()),
+        },
     };
     let run = |tasks: usize, task: &(dyn Fn(usize) + Sync)| {
         if threads == 1 {
@@ -193,7 +207,7 @@ fn tasks(panels: usize, pieces: usize, threads: usize) -> (usize, usize) {
 }
 
 /// Part `index` of `parts` of `len` things.
-fn part(len: usize, parts: usize, index: usize) -> std::ops::Range<usize> {
+fn part(len: usize, parts: usize, index: usize) -> Range<usize> {
     len * index / parts..len * (index + 1) / parts
 }
 
@@ -215,7 +229,7 @@ struct Product<'a> {
     b: View<'a>,
     /// The whole result and its stride; a task alone touches its rows and columns.
     out: (*mut f32, usize),
-    add: bool,
+    begin: Begin,
 }
 
 impl Product<'_> {
@@ -231,28 +245,14 @@ impl Product<'_> {
         let (across, panels) = (cols.div_ceil(self.pieces), rows.div_ceil(TILE_ROWS));
         // An empty inner dimension still replaces what is there.
         let blocks = inner.div_ceil(self.block).max(1);
-        let words = cols.next_multiple_of(TILE_COLS) * self.block.div_ceil(M::VALUES);
-        let at_once = blocks.div_ceil(blocks.div_ceil((SHARED_WORDS / words).max(1)));
-        if right.len() < at_once * across {
-            right.resize_with(at_once * across, PackedB::default);
-        }
         let (down, sideways) = tasks(panels, across, threads);
-        for first in (0..blocks).step_by(at_once) {
-            let count = at_once.min(blocks - first);
-            let right = &mut right[..count * across];
-            let pieces = Disjoint::new(&mut *right);
-            run(count * across, &|index| {
-                // SAFETY: every piece is packed by one task.
-                let piece = unsafe { &mut pieces.part(index..index + 1)[0] };
-                lanes::dispatch(
-                    cpu,
-                    Pack::<M>(self, first + index / across, index % across, piece, PhantomData),
-                );
-            });
+        let multiply = |blocks: Range<usize>, right: Option<&[PackedB]>| {
             run(down * sideways, &|task| {
+                let next = part(panels, down, (task + threads) / sideways).start * TILE_ROWS;
                 let part = Part {
-                    first,
-                    right: &*right,
+                    blocks: blocks.clone(),
+                    next,
+                    right,
                     across,
                     panels: part(panels, down, task / sideways),
                     pieces: part(across, sideways, task % sideways),
@@ -261,6 +261,26 @@ impl Product<'_> {
                     lanes::dispatch(cpu, Call::<M>(self, part, left, PhantomData));
                 });
             });
+        };
+        if inner > 0 && Right::lies_well::<M>(self.b, cols) {
+            return multiply(0..blocks, None);
+        }
+        let words = cols.next_multiple_of(TILE_COLS) * self.block.div_ceil(M::VALUES);
+        let at_once = blocks.div_ceil(blocks.div_ceil((SHARED_WORDS / words).max(1)));
+        if right.len() < at_once * across {
+            right.resize_with(at_once * across, PackedB::default);
+        }
+        for first in (0..blocks).step_by(at_once) {
+            let blocks = first..blocks.min(first + at_once);
+            let right = &mut right[..blocks.len() * across];
+            let pieces = Disjoint::new(&mut *right);
+            run(blocks.len() * across, &|index| {
+                // SAFETY: every piece is packed by one task.
+                let piece = unsafe { &mut pieces.part(index..index + 1)[0] };
+                let (block, at) = (first + index / across, index % across);
+                lanes::dispatch(cpu, Pack::<M>(self, block, at, piece, PhantomData));
+            });
+            multiply(blocks, Some(&*right));
         }
     }
 
@@ -277,7 +297,7 @@ impl Product<'_> {
     }
 }
 
-// SAFETY: the pointer stands for parts of a `Disjoint`.
+// SAFETY: the one pointer stands for parts of a `Disjoint`, the other is read alone.
 unsafe impl Sync for Product<'_> {}
 
 /// Packs one piece of one block of `B`.
@@ -293,15 +313,16 @@ impl<M: Multiply> lanes::Kernel for Pack<'_, M> {
     }
 }
 
-/// Some rows and columns of a product, over the blocks of the inner dimension that are packed.
+/// Some rows and columns of a product, over some blocks of the inner dimension.
 struct Part<'a> {
-    /// The first of these blocks.
-    first: usize,
-    /// Their pieces, `across` a block.
-    right: &'a [PackedB],
+    blocks: Range<usize>,
+    /// What is packed of the right side: all pieces of these blocks, `across` a block.
+    right: Option<&'a [PackedB]>,
     across: usize,
-    panels: std::ops::Range<usize>,
-    pieces: std::ops::Range<usize>,
+    panels: Range<usize>,
+    /// The first row of the task that this thread is likely to get next.
+    next: usize,
+    pieces: Range<usize>,
 }
 
 struct Call<'a, M>(&'a Product<'a>, Part<'a>, &'a mut PackedA, PhantomData<M>);
@@ -313,17 +334,36 @@ impl<M: Multiply> lanes::Kernel for Call<'_, M> {
     fn call<L: Lanes>(self, l: L) {
         let Call(product, part, left, _) = self;
         let rows = part.panels.start * TILE_ROWS..(part.panels.end * TILE_ROWS).min(product.extent.rows);
-        for (index, right) in part.right.chunks_exact(part.across).enumerate() {
-            let block = part.first + index;
-            left.pack::<L, M>(l, product.a, (rows.start, rows.len()), product.steps(block));
-            for piece in part.pieces.clone() {
-                let (col, cols) = product.cols(piece);
-                // SAFETY: rows and columns are inside `out`, whose extent was checked, and no other task has them.
-                unsafe {
-                    let out = product.out.0.add(rows.start * product.out.1 + col);
-                    let (left, add) = (left.left(), product.add || block > 0);
-                    let reach = |_| Reach::all(left, cols);
-                    multiply::<L, M>(l, left, &right[piece], reach, (out, product.out.1), add);
+        for block in part.blocks.clone() {
+            let steps = product.steps(block);
+            let after = if block + 1 < part.blocks.end {
+                (rows.start, steps.from + steps.len)
+            } else {
+                (part.next, product.steps(part.blocks.start).from)
+            };
+            let in_place = Left::in_place::<M>(product.a, (rows.start, rows.len()), steps, Some(after));
+            let whole = in_place.map_or(0, |left| left.rows);
+            let (first, count) = (rows.start + whole, rows.len() - whole);
+            if count > 0 {
+                left.pack::<L, M>(l, product.a, (first, count), steps);
+            }
+            let packed = (count > 0).then(|| left.left());
+            for (left, row) in [(in_place, rows.start), (packed, first)] {
+                let Some(left) = left else { continue };
+                for piece in part.pieces.clone() {
+                    let (col, cols) = product.cols(piece);
+                    let right = match part.right {
+                        Some(right) => right[(block - part.blocks.start) * part.across + piece].right(),
+                        None => Right::in_place(product.b, steps, (col, cols)),
+                    };
+                    // SAFETY: rows and columns are inside `out` and what it begins with, whose extents were checked, and no other
+                    // task has them.
+                    unsafe {
+                        let at = row * product.out.1 + col;
+                        let begin = if block == 0 { product.begin.at(at) } else { Begin::There };
+                        let out = (product.out.0.add(at), product.out.1);
+                        multiply::<L, M>(l, left, right, |_| Reach::all(left, cols), out, begin);
+                    }
                 }
             }
         }

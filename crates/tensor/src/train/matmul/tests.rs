@@ -1,5 +1,7 @@
 use super::*;
+use crate::buffer::Buffer;
 use crate::test_support::{bits, cpus, uniform};
+use crate::train::pitch;
 
 /// The specification: one chain an element.
 fn reference(extent: Extent, a: View<'_>, b: View<'_>, out: &mut [f32], add: bool) {
@@ -20,30 +22,59 @@ fn reference(extent: Extent, a: View<'_>, b: View<'_>, out: &mut [f32], add: boo
 }
 
 fn extents() -> Vec<Extent> {
-    let sizes =
-        [(1, 1, 1), (12, 32, 16), (13, 33, 17), (5, 70, 300), (100, 90, 515), (25, 16, 40), (3, 4, 0)];
+    let sizes = [
+        (1, 1, 1),
+        (12, 32, 16),
+        (13, 33, 17),
+        (5, 70, 300),
+        (100, 90, 515),
+        (100, 96, 800),
+        (25, 16, 40),
+        (3, 4, 0),
+    ];
     sizes.map(|(rows, cols, inner)| Extent { rows, cols, inner }).to_vec()
+}
+
+/// Values that begin at a cache line, as those of training do: only these are read where they lie.
+fn aligned(values: &[f32]) -> Buffer<f32> {
+    let mut buffer = Buffer::zeroed(values.len()).unwrap();
+    buffer.copy_from_slice(values);
+    buffer
 }
 
 #[test]
 fn f32_is_the_specification_bit_for_bit_in_every_family_and_turn() {
+    // Rows that are copied because they begin anywhere, that are read where they lie, and that are copied because they
+    // crowd a few sets of a cache.
+    let strides: [fn(usize) -> usize; 3] = [|width| width + 3, pitch, |width| width.next_multiple_of(512)];
     for extent in extents() {
         let Extent { rows, cols, inner } = extent;
-        for (turn_a, turn_b, add) in [(0, 0, 0), (0, 1, 1), (1, 0, 0), (1, 1, 1)] {
-            let stride = |turned: usize, rows: usize, cols: usize| if turned == 1 { rows } else { cols } + 3;
+        let turns = [(0, 0, 0), (0, 1, 1), (1, 0, 2), (1, 1, 1), (0, 0, 2), (1, 0, 0)];
+        for ((turn_a, turn_b, store), stride) in turns.into_iter().flat_map(|t| strides.map(|s| (t, s))) {
+            let stride =
+                |turned: usize, rows: usize, cols: usize| stride(if turned == 1 { rows } else { cols });
             let (stride_a, stride_b) = (stride(turn_a, rows, inner), stride(turn_b, inner, cols));
-            let (a, b) = (uniform(1, (rows + inner) * stride_a), uniform(2, (inner + cols) * stride_b));
+            // No more than the last row needs: nothing may be read behind it.
+            let len = |turned: usize, rows: usize, cols: usize, stride: usize| {
+                let (rows, cols) = if turned == 1 { (cols, rows) } else { (rows, cols) };
+                rows.saturating_sub(1) * stride + cols
+            };
+            let a = aligned(&uniform(1, len(turn_a, rows, inner, stride_a)));
+            let b = aligned(&uniform(2, len(turn_b, inner, cols, stride_b)));
             let a = View { values: &a, stride: stride_a, turned: turn_a == 1 };
             let b = View { values: &b, stride: stride_b, turned: turn_b == 1 };
-            let begun = uniform(3, rows * cols);
-            let mut want = begun.clone();
-            reference(extent, a, b, &mut want, add == 1);
+            let (begun, other) = (uniform(3, rows * cols), uniform(4, rows * cols));
+            let mut want = if store == 2 { other.clone() } else { begun.clone() };
+            reference(extent, a, b, &mut want, store > 0);
             for cpu in cpus() {
                 for threads in [1, 3] {
                     let mut out = begun.clone();
-                    let store = if add == 1 { Store::Add } else { Store::Replace };
+                    let store = [Store::Replace, Store::Add, Store::AddTo(&other)][store];
                     matmul(&Pool::new(threads, cpu), Precision::F32, extent, a, b, (&mut out, cols), store);
-                    assert!(bits(&out) == bits(&want), "{extent:?} {turn_a}{turn_b} {cpu:?} {threads}");
+                    assert!(
+                        bits(&out) == bits(&want),
+                        "{extent:?} {turn_a}{turn_b} {stride_a} {cpu:?} {threads}"
+                    );
                 }
             }
         }
