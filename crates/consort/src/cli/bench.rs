@@ -1,6 +1,7 @@
 //! `consort bench …`: measurements that a user can repeat.
 
 mod collectives;
+mod plot;
 mod serve;
 mod statistics;
 mod stream;

@@ -5,6 +5,7 @@
 //! figure means: `consort_collectives::bench`.
 
 use std::io::{BufRead, BufReader};
+use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
@@ -15,6 +16,7 @@ use consort_collectives::{Algorithm, Group, JoinOptions, Operation, Store, Store
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
+use super::plot::Chart;
 use crate::cli::UsageError;
 use crate::environment::{self, BenchRank};
 use crate::terminal::{bytes, line, note, table};
@@ -22,7 +24,7 @@ use crate::terminal::{bytes, line, note, table};
 /// All-reduce and its relatives between processes of this machine: time and bandwidth by length
 #[derive(Args, Debug)]
 #[command(
-    after_help = "Examples:\n  consort bench collectives\n  consort bench collectives --ranks 4 --transport tls --bytes 4k,1M,64M\n  consort bench collectives --operation all_gather --algorithm ring --json\n  consort bench collectives --tune --transport mixed --ranks 4 --hosts 2"
+    after_help = "Examples:\n  consort bench collectives\n  consort bench collectives --ranks 4 --transport tls --bytes 4k,1M,64M\n  consort bench collectives --operation all_gather --algorithm ring --json\n  consort bench collectives --tune --transport mixed --ranks 4 --hosts 2 --plot tuned.svg"
 )]
 pub(crate) struct CollectivesBench {
     /// Processes
@@ -49,6 +51,9 @@ pub(crate) struct CollectivesBench {
     /// Time for each length
     #[arg(long, value_name = "SECONDS", default_value_t = 0.3, value_parser = seconds)]
     seconds: f64,
+    /// Draw it, as an SVG picture
+    #[arg(long, value_name = "FILE")]
+    plot: Option<PathBuf>,
     /// Print JSON
     #[arg(long)]
     json: bool,
@@ -135,23 +140,57 @@ impl CollectivesBench {
             lengths,
         };
         if self.json {
-            return Ok(line(serde_json::to_string_pretty(&report)?)?);
+            line(serde_json::to_string_pretty(&report)?)?;
+        } else {
+            let mut rows = vec![["vector", "µs", "alg GB/s", "bus GB/s"].map(str::to_owned)];
+            for m in &report.lengths {
+                let speeds = [m.algorithm_gb_per_s, m.bus_gb_per_s].map(|speed| format!("{speed:.2}"));
+                let [algorithm, bus] = speeds;
+                rows.push([bytes(m.bytes as u64), format!("{:.1}", m.micros), algorithm, bus]);
+            }
+            table(&rows).into_iter().try_for_each(line)?;
         }
-        let mut rows = vec![["vector", "µs", "alg GB/s", "bus GB/s"].map(str::to_owned)];
-        for m in &report.lengths {
-            let speeds = [m.algorithm_gb_per_s, m.bus_gb_per_s].map(|speed| format!("{speed:.2}"));
-            let [algorithm, bus] = speeds;
-            rows.push([bytes(m.bytes as u64), format!("{:.1}", m.micros), algorithm, bus]);
+        let bus = report.lengths.iter().map(|m| m.bus_gb_per_s).collect();
+        self.draw("bus GB/s", report.lengths.iter().map(|m| m.bytes), vec![("bus".to_owned(), bus)])
+    }
+
+    /// A picture, if one is asked for.
+    fn draw(
+        &self,
+        unit: &str,
+        lengths: impl Iterator<Item = usize>,
+        series: Vec<(String, Vec<f64>)>,
+    ) -> Result<()> {
+        let Some(file) = &self.plot else { return Ok(()) };
+        let (operation, transport) = (self.operation.name(), self.transport.name());
+        Chart {
+            title: format!("{operation}, {} processes over {transport}: {unit} by length", self.ranks),
+            places: lengths.map(|length| bytes(length as u64)).collect(),
+            series,
+            bars: false,
         }
-        table(&rows).into_iter().try_for_each(line)?;
-        Ok(())
+        .write(file)
     }
 
     /// A row a length, a column an algorithm.
     fn show_tuned(&self, lengths: &[Compared]) -> Result<()> {
         if self.json {
-            return Ok(line(serde_json::to_string_pretty(lengths)?)?);
+            line(serde_json::to_string_pretty(lengths)?)?;
+        } else {
+            self.print_tuned(lengths)?;
         }
+        let speeds = |algorithm: &Algorithm| {
+            let one = |compared: &Compared| {
+                let timed = compared.times.iter().find(|timed| timed.algorithm == algorithm.name());
+                timed.map_or(f64::NAN, |timed| compared.bytes as f64 / timed.micros / 1e3)
+            };
+            (algorithm.name().to_owned(), lengths.iter().map(one).collect())
+        };
+        let series = Algorithm::of(self.operation).iter().map(speeds).collect();
+        self.draw("GB/s of each algorithm", lengths.iter().map(|compared| compared.bytes), series)
+    }
+
+    fn print_tuned(&self, lengths: &[Compared]) -> Result<()> {
         let names = Algorithm::of(self.operation).iter().map(|algorithm| algorithm.name().to_owned());
         let mut rows: Vec<Vec<String>> = vec![std::iter::once("vector".to_owned()).chain(names).collect()];
         for compared in lengths {

@@ -15,6 +15,7 @@ use consort_training::job::{Machine, ModelSource, in_count, plan};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde::Serialize;
 
+use super::plot::Chart;
 use crate::cli::UsageError;
 use crate::terminal::{line, note, table};
 use crate::{environment, loading, train};
@@ -25,7 +26,7 @@ const WARM_UP: u64 = 2;
 /// A training step on this machine: tokens a second, and how much of the machine that is
 #[derive(Args, Debug)]
 #[command(
-    after_help = "Examples:\n  consort bench train\n  consort bench train --shape smollm2 --precision bf16\n  consort bench train --job examples/train/tiny.toml\n  consort bench train --workers 1,2 --json"
+    after_help = "Examples:\n  consort bench train\n  consort bench train --shape smollm2 --precision bf16\n  consort bench train --job examples/train/tiny.toml\n  consort bench train --workers 1,2 --plot train.svg"
 )]
 pub(crate) struct TrainBench {
     /// tiny, small (6 layers, 384 wide) or smollm2 (SmolLM2-135M's shape)
@@ -55,6 +56,9 @@ pub(crate) struct TrainBench {
     /// Steps that are timed for each line
     #[arg(long, value_name = "N", default_value_t = 7, value_parser = clap::value_parser!(u32).range(1..=10_000))]
     steps: u32,
+    /// Draw it, as an SVG picture
+    #[arg(long, value_name = "FILE")]
+    plot: Option<PathBuf>,
     /// Print JSON
     #[arg(long)]
     json: bool,
@@ -164,9 +168,11 @@ impl TrainBench {
         }
         progress.finish_and_clear();
         if self.json {
-            return Ok(line(serde_json::to_string_pretty(&report)?)?);
+            line(serde_json::to_string_pretty(&report)?)?;
+        } else {
+            report.print()?;
         }
-        report.print()
+        self.plot.as_ref().map_or(Ok(()), |file| report.chart().write(file))
     }
 
     /// The job with what the command line says of it.
@@ -331,6 +337,25 @@ impl Report {
             "{shape}: {layers} layers, {hidden} wide, {vocabulary} tokens, {parameters} parameters; {batch} × {context} tokens \
              a step{micro}; {threads} threads, {kernels} kernels; medians of {steps} steps"
         )
+    }
+
+    /// Tokens a second of each row, beside what they would be at the peak.
+    fn chart(&self) -> Chart {
+        let place = |row: &Row| match row.workers {
+            None => row.precision.to_owned(),
+            Some(1) => format!("{}, 1 worker", row.precision),
+            Some(workers) => format!("{}, {workers} workers", row.precision),
+        };
+        let of = |figure: fn(&Row) -> f64| self.rows.iter().map(figure).collect();
+        Chart {
+            title: format!("{}: tokens a second, {} threads", self.shape, self.threads),
+            places: self.rows.iter().map(place).collect(),
+            series: vec![
+                ("measured".into(), of(|row| row.tokens_per_second)),
+                ("at this machine's peak".into(), of(|row| row.tokens_per_second / row.share_of_peak)),
+            ],
+            bars: true,
+        }
     }
 
     fn print(&self) -> Result<()> {
