@@ -6,7 +6,7 @@
 
 use std::ops::Range;
 
-use super::pack::{Left, Right};
+use super::sides::{Left, Right};
 use super::{TILE_COLS, TILE_ROWS};
 use crate::lanes::{LANES, Lanes, prefetch_read, prefetch_second, prefetch_write};
 

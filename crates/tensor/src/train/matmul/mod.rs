@@ -29,6 +29,7 @@
 
 mod kernel;
 mod pack;
+mod sides;
 
 use std::cell::RefCell;
 use std::marker::PhantomData;
@@ -39,7 +40,8 @@ use crate::pool::Disjoint;
 use crate::{Cpu, Pool};
 
 pub(crate) use kernel::{Begin, Bf16, F32, Multiply, Reach, multiply};
-pub(crate) use pack::{Left, PackedA, PackedB, Right, Steps};
+pub(crate) use pack::{PackedA, PackedB};
+pub(crate) use sides::{Left, Right, Steps};
 
 /// Rows of a register tile.
 pub(crate) const TILE_ROWS: usize = 12;
