@@ -16,7 +16,7 @@ use consort_collectives::{Algorithm, Group, JoinOptions, Operation, Store, Store
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-use super::plot::Chart;
+use super::plot::{self, Chart};
 use crate::cli::UsageError;
 use crate::environment::{self, BenchRank};
 use crate::terminal::{bytes, line, note, table};
@@ -118,6 +118,7 @@ impl CollectivesBench {
         if let Some(rank) = environment::bench_rank() {
             return self.rank(rank);
         }
+        plot::check(self.plot.as_deref())?;
         if let Some(algorithm) = self.algorithm.filter(|a| !Algorithm::of(self.operation).contains(a)) {
             let known: Vec<&str> = Algorithm::of(self.operation).iter().map(|a| a.name()).collect();
             let (operation, algorithm) = (self.operation.name(), algorithm.name());

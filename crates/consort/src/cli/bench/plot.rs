@@ -5,6 +5,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 
+use crate::cli::UsageError;
 use crate::terminal::note;
 
 const WIDTH: f64 = 760.0;
@@ -20,6 +21,22 @@ const STYLE: &str = "<style>text{font:15px sans-serif;fill:#57606a}.title{font-w
     .s5{stroke:#6e7781;fill:#6e7781}polyline{fill:none!important;stroke-width:2}\
     @media(prefers-color-scheme:dark){svg{background:#0d1117}text{fill:#9198a1}.title{fill:#f0f6fc}\
     .grid{stroke:#3d444d}}</style>";
+
+/// Refuses a file that can't be written, before anything is measured for it.
+///
+/// # Errors
+/// [`UsageError`] where the name is a folder's, or its folder isn't there.
+pub(super) fn check(file: Option<&Path>) -> Result<()> {
+    let Some(file) = file else { return Ok(()) };
+    let folder = file.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let what = match (file.is_dir(), folder.is_dir()) {
+        (true, _) => "is a folder",
+        (_, false) => "is in no folder that is there",
+        _ => return Ok(()),
+    };
+    let what = format!("--plot {} {what}; name a file such as bench.svg", file.display());
+    Err(UsageError(what).into())
+}
 
 /// Figures over a few places on an axis.
 pub(super) struct Chart {
@@ -38,12 +55,7 @@ impl Chart {
     /// # Errors
     /// Where the file can't be written.
     pub(super) fn write(&self, file: &Path) -> Result<()> {
-        std::fs::write(file, self.svg()).with_context(|| {
-            format!(
-                "cannot write {}; name a file in a folder that is there, as --plot bench.svg",
-                file.display()
-            )
-        })?;
+        std::fs::write(file, self.svg()).with_context(|| format!("cannot write {}", file.display()))?;
         note(&format!("drawn in {}", file.display()));
         Ok(())
     }
@@ -166,5 +178,9 @@ mod tests {
         assert!(nowhere.svg().ends_with("</svg>\n"));
         let error = nowhere.write(Path::new("/nowhere/at/all.svg")).unwrap_err();
         assert!(error.to_string().contains("/nowhere/at/all.svg"), "{error}");
+        let refused = |file: &str| check(Some(Path::new(file))).unwrap_err().to_string();
+        assert!(refused("/nowhere/at/all.svg").contains("is in no folder that is there; name a file"));
+        assert!(refused("/").contains("is a folder; name a file"));
+        assert!(check(Some(Path::new("bench.svg"))).is_ok() && check(None).is_ok());
     }
 }

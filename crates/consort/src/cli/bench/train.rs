@@ -15,7 +15,7 @@ use consort_training::job::{Machine, ModelSource, in_count, plan};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde::Serialize;
 
-use super::plot::Chart;
+use super::plot::{self, Chart};
 use crate::cli::UsageError;
 use crate::terminal::{line, note, table};
 use crate::{environment, loading, train};
@@ -132,6 +132,7 @@ impl Spread {
 
 impl TrainBench {
     pub(crate) fn run(self) -> Result<()> {
+        plot::check(self.plot.as_deref())?;
         let load = self.load()?;
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         let threads = load.job.threads.unwrap_or(cores);

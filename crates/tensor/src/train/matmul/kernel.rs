@@ -92,7 +92,7 @@ impl Reach {
 }
 
 /// Where the values of a tile's sums come from.
-#[derive(Clone, Copy, PartialEq)]
+#[derive(Clone, Copy)]
 pub(crate) enum Begin {
     /// They begin at 0.
     Zero,
